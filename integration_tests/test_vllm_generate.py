@@ -1,0 +1,143 @@
+"""vLLM's real engine with our backend gives the tokens and log-probabilities of Hugging Face transformers, in
+float32."""
+
+import random
+
+import pytest
+from conftest import assert_same_answers
+
+pytest.importorskip("vllm")
+
+LENGTHS = (2, 17, 64, 65, 131, 450)  # uneven, on both sides of pages and tiles
+
+
+def prompts(lengths=LENGTHS, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
+
+
+def ran(run, *operations, kind="torch"):
+    """Each operation ran on a kernel of this kind, and none on another."""
+    for operation in operations:
+        names = [name for name in run.calls if name.startswith(f"{operation}:")]
+        assert names, f"{operation} did not run: {run.calls}"
+        assert all(name.startswith(f"{operation}:{kind}") for name in names), run.calls
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"arch": "v2"},
+        {"arch": "v2", "q_lora_rank": 96},
+        {"arch": "v3", "q_lora_rank": 96},
+        {"arch": "v2", "kv_lora_rank": 256, "nope": 64, "v": 64, "rope": 32, "heads": 5},
+    ],
+    ids=["v2", "v2-q_lora", "v3-q_lora", "latent-256-rope-32-heads-5"],
+)
+def test_uneven_batch(engine, checkpoints, oracle, shape):
+    folder = checkpoints(**shape)
+    run = engine(folder, [prompts()])
+    assert_same_answers(run.rounds[0], oracle(folder, prompts()))
+    ran(run, "decode", "prefill", "cache_write")
+
+
+def test_start_up_line_says_what_runs_and_why(engine, checkpoints):
+    run = engine(checkpoints(), [prompts((5,))], max_tokens=1)
+    line = next(line for line in run.log.splitlines() if "mla_backend 0" in line)
+    for part in (
+        "decode torch_decode (not triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu)",
+        "prefill torch_prefill",
+        "cache write torch_write",
+        "fp32 cache, 2304 bytes a token and layer",
+        "4 heads, latent 512 + rope 64, nope 128, v 128",
+    ):
+        assert part in line
+    assert run.log.count("mla_backend 0") == 1, "said once, not for every layer"
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
+    """A prompt prefilled in pieces reads its own cached context; the same prompt again reads cached pages."""
+    folder = checkpoints()
+    batch = prompts((200, 33, 2) if kernels == "triton" else (300, 129, 33, 2))
+    run = engine(
+        folder,
+        [batch, batch],
+        kernels=kernels,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    expected = oracle(folder, batch)
+    assert_same_answers(run.rounds[0], expected)
+    assert_same_answers(run.rounds[1], expected)
+    assert run.rounds[1][0]["cached"] >= 64, "the second round was to hit the prefix cache"
+    ran(run, "decode", "prefill", "cache_write", "cache_gather", "merge", kind=kernels)
+
+
+def test_context_of_several_chunks(engine, checkpoints, oracle):
+    """More cached context in one step than vLLM's workspace (eight requests of full length) holds at once."""
+    folder = checkpoints()
+    context = prompts((129,) * 10)
+    longer = [p + q for p, q in zip(context, prompts((7,) * 10, seed=1), strict=True)]
+    run = engine(
+        folder,
+        [context, longer],
+        max_tokens=2,
+        max_model_len=144,
+        max_num_seqs=10,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        enable_prefix_caching=True,
+    )
+    assert_same_answers(run.rounds[1], oracle(folder, longer, 2))
+    assert all(answer["cached"] == 128 for answer in run.rounds[1])
+    layers, chunks = 2, 2
+    assert run.calls["cache_gather:torch_gather"] == layers * chunks
+
+
+def test_ngram_speculation(engine, checkpoints, oracle):
+    """Several query tokens a request, of uneven number, go to decode."""
+    folder = checkpoints()
+    phrase = prompts((9,))[0]
+    batch = [phrase * 5, phrase[:4] * 8, *prompts((40,))]
+    speculation = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    run = engine(folder, [batch], speculative_config=speculation, max_tokens=24)
+    assert_same_answers(run.rounds[0], oracle(folder, batch, 24))
+    assert run.metrics["vllm:spec_decode_num_drafts"] > 0
+    ran(run, "decode", "prefill", "cache_write")
+
+
+def test_backend_per_kind(engine, checkpoints, oracle):
+    folder = checkpoints()
+    run = engine(
+        folder,
+        [prompts((20,))],
+        attention_backend=None,
+        attention_config={"backend_per_kind": {"mla_attention": "CUSTOM"}},
+    )
+    assert_same_answers(run.rounds[0], oracle(folder, prompts((20,))))
+    ran(run, "decode", "prefill", "cache_write")
+
+
+def test_preemption_when_the_cache_is_full(engine, checkpoints, oracle):
+    """Requests that do not fit together are preempted and resumed, and answer as if alone."""
+    folder = checkpoints()
+    batch = prompts((60,) * 6)
+    tokens_in_cache = 256
+    run = engine(
+        folder,
+        [batch],
+        max_tokens=24,
+        max_model_len=128,
+        block_size=16,
+        kv_cache_memory_bytes=tokens_in_cache * 2304 * 2,
+    )
+    assert_same_answers(run.rounds[0], oracle(folder, batch, 24))
+    assert run.metrics["vllm:num_preemptions"] > 0

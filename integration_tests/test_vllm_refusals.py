@@ -1,0 +1,79 @@
+"""What a user sees who asks for something that we cannot do: every reason, what to change, and a vLLM that still
+works."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("vllm")
+
+PROMPT = [[5, 6, 7, 8]]
+
+
+def changed(folder, tmp_path, **config):
+    """A copy of a checkpoint with other fields in config.json."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return copy
+
+
+def test_a_model_without_mla(engine, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    options = {"rounds": [PROMPT], "max_tokens": 2, "skip_tokenizer_init": True}
+    failed = engine(tmp_path / "llama", fails=True, **options)
+    assert "mla_backend serves MLA layers only" in failed.log
+    assert "-ac.backend_per_kind.mla_attention CUSTOM" in failed.log
+    works = engine(tmp_path / "llama", attention_backend=None, **options)
+    assert len(works.rounds[0][0]["tokens"]) == 2
+    assert not works.calls
+
+
+def test_sparse_models_are_refused_by_name(engine, checkpoints, tmp_path):
+    folder = changed(
+        checkpoints(arch="v3", q_lora_rank=96),
+        tmp_path,
+        model_type="deepseek_v32",
+        architectures=["DeepseekV32ForCausalLM"],
+        index_topk=2048,
+        index_n_heads=4,
+        index_head_dim=128,
+    )
+    failed = engine(folder, [PROMPT], fails=True)
+    assert "no sparse MLA attention yet, which DeepSeek-V3.2 needs" in failed.log
+
+
+def test_every_reason_at_once(engine, checkpoints):
+    failed = engine(
+        checkpoints(),
+        [PROMPT],
+        fails=True,
+        env={"MLA_BACKEND_DECODE": "triton_splitkv", "MLA_BACKEND_PREFILL": "fastest"},
+    )
+    assert "triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu" in failed.log
+    assert "unknown prefill kernel 'fastest'; choose from auto, triton_ragged, torch_prefill" in failed.log
+
+
+def test_fp8_cache_is_refused_for_now(engine, checkpoints):
+    failed = engine(checkpoints(), [PROMPT], fails=True, kv_cache_dtype="fp8")
+    assert "got --kv-cache-dtype fp8; leave the option out" in failed.log
+
+
+def test_disabled(engine, checkpoints):
+    failed = engine(checkpoints(), [PROMPT], fails=True, env={"MLA_BACKEND_DISABLE": "1"})
+    assert "CUSTOM" in failed.log and "registered before" in failed.log
+    works = engine(checkpoints(), [PROMPT], env={"MLA_BACKEND_DISABLE": "1"}, attention_backend="CPU_MLA", max_tokens=2)
+    assert not works.calls
+
+
+def test_without_the_flag_vllm_is_as_it_was(engine, checkpoints):
+    run = engine(checkpoints(), [PROMPT], attention_backend="CPU_MLA", max_tokens=2)
+    assert "mla_backend 0" not in run.log
+    assert not run.calls

@@ -1,0 +1,29 @@
+"""MLA attention kernels. Knows nothing of any inference engine."""
+
+from mla_kernels.cache_layout import (
+    FORMATS,
+    CacheFormat,
+    CacheLayout,
+    expanded_bytes_per_token,
+    format_of,
+)
+from mla_kernels.device import Device, device_of
+from mla_kernels.dispatch import OPERATIONS, Kernel, Problem, Selection, UnsupportedMLA, select
+from mla_kernels.geometry import MLAGeometry
+
+__all__ = [
+    "FORMATS",
+    "OPERATIONS",
+    "CacheFormat",
+    "CacheLayout",
+    "Device",
+    "Kernel",
+    "MLAGeometry",
+    "Problem",
+    "Selection",
+    "UnsupportedMLA",
+    "device_of",
+    "expanded_bytes_per_token",
+    "format_of",
+    "select",
+]

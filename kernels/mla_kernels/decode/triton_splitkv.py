@@ -1,0 +1,374 @@
+"""Split-KV absorbed decode in Triton: any GPU that Triton supports, and its CPU interpreter.
+
+All query tokens and heads of a request are rows of one tile, so its cache is read once a request; values are the
+latent part of the key tile already loaded. Requests are cut into pieces of nearly equal length from the sequence
+lengths *on the device*, so a captured graph adapts to every batch, and scratch depends on the GPU, not on batch or
+context size:
+  1. each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
+  request was cut; 2. each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_kernels.device import Device, device_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
+# page, M pages a request, S pieces. In kernels: `row` = query token within the request * N + head.
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FEW_ROWS = 1024
+
+
+def unsupported(problem, device: Device) -> list[str]:
+    reasons = []
+    if not device.runs_triton:
+        reasons.append(f"needs a GPU (or TRITON_INTERPRET=1), got {device}")
+    if device.kind == "cuda" and device.arch < 80:
+        reasons.append(f"needs sm_80 or newer, got sm_{device.arch}")
+    for what, dtype in (("queries", problem.dtype), ("cache", problem.layout.format.dtype)):
+        if dtype not in _DTYPES:
+            reasons.append(f"{what} must be float32, float16 or bfloat16, got {dtype}")
+    if problem.dtype != problem.layout.format.dtype:
+        reasons.append(f"queries and cache must have one dtype, got {problem.dtype} and {problem.layout.format.dtype}")
+    latent = problem.geometry.kv_lora_rank
+    if latent & (latent - 1) or not 128 <= latent <= 512:
+        reasons.append(f"kv_lora_rank must be a power of two from 128 to 512, got {latent}")
+    if problem.geometry.qk_rope_head_dim > 128:
+        reasons.append(f"qk_rope_head_dim must be 128 or less, got {problem.geometry.qk_rope_head_dim}")
+    return reasons
+
+
+@triton.jit
+def _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Which part of which request program `item` works on.
+
+    Every request is cut into ceil(its tiles / c) pieces with c = ceil(all tiles / pieces_wanted), so there are at most
+    pieces_wanted + batch. Returns (request, its length, piece, pieces of the request, slot of the request's first
+    partial result, whether there is such an item). Only requests of two or more pieces take slots: at most 2 *
+    pieces_wanted of them.
+    """
+    b = tl.arange(0, B_PAD)
+    lens = tl.load(seq_lens_ptr + b, mask=b < batch, other=0)
+    tiles = tl.cdiv(lens, BLOCK_T)
+    tiles_per_piece = tl.maximum(tl.cdiv(tl.sum(tiles), pieces_wanted), 1)
+    pieces = tl.where(b < batch, tl.maximum(tl.cdiv(tiles, tiles_per_piece), 1), 0)
+    last = tl.cumsum(pieces, 0)
+    request = tl.sum((last <= item).to(tl.int32))
+    mine = b == request
+    cut = tl.where(pieces > 1, pieces, 0)
+    my_pieces = tl.sum(tl.where(mine, pieces, 0))
+    piece = item - tl.sum(tl.where(mine, last - pieces, 0))
+    slot = tl.sum(tl.where(mine, tl.cumsum(cut, 0) - cut, 0))
+    return request, tl.sum(tl.where(mine, lens, 0)), piece, my_pieces, slot, request < batch
+
+
+@triton.jit
+def _splitkv_kernel(
+    q_latent_ptr,
+    q_rope_ptr,
+    cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    plan_ptr,
+    scale_log2,
+    query_len,
+    batch,
+    pieces_wanted,
+    stride_ql_t,
+    stride_ql_n,
+    stride_qr_t,
+    stride_qr_n,
+    stride_page,
+    stride_token,
+    stride_table,
+    stride_out_t,
+    stride_out_n,
+    stride_lse_t,
+    stride_lse_n,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    B_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    item, row_tile = tl.program_id(1), tl.program_id(0)
+    request, seq_len, piece, pieces, slot, exists = _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD, BLOCK_T)
+    if not exists:
+        return
+    if RAGGED:
+        first_token = tl.load(query_start_ptr + request)
+        tokens = tl.load(query_start_ptr + request + 1) - first_token
+    else:
+        first_token = request * query_len
+        tokens = query_len
+    if (piece == 0) & (row_tile == 0):
+        tl.store(plan_ptr + request * 2, pieces)
+        tl.store(plan_ptr + request * 2 + 1, slot)
+    if row_tile * BLOCK_M >= tokens * N:
+        return
+
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, head = row // N, row % N
+    real = token < tokens
+    sees = seq_len - tokens + token  # position of the query itself: the last key it may see
+    c, r, t = tl.arange(0, L), tl.arange(0, R_PAD), tl.arange(0, BLOCK_T)
+    q_token = (first_token + token).to(tl.int64)
+    q_latent = tl.load(
+        q_latent_ptr + (q_token * stride_ql_t + head * stride_ql_n)[:, None] + c[None, :], mask=real[:, None], other=0.0
+    )
+    if R > 0:
+        q_rope = tl.load(
+            q_rope_ptr + (q_token * stride_qr_t + head * stride_qr_n)[:, None] + r[None, :],
+            mask=real[:, None] & (r[None, :] < R),
+            other=0.0,
+        )
+    if UPCAST:
+        q_latent = q_latent.to(tl.float32)
+        if R > 0:
+            q_rope = q_rope.to(tl.float32)
+
+    # Pieces of one request differ by at most one tile.
+    tiles = tl.cdiv(seq_len, BLOCK_T)
+    first_tile = (tiles * piece) // pieces
+    end_tile = (tiles * (piece + 1)) // pieces
+
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, L), tl.float32)
+    for tile in range(first_tile, end_tile):
+        position = tile * BLOCK_T + t
+        valid = position < seq_len
+        if PAGE % BLOCK_T == 0:  # one page holds the whole tile
+            page = tl.load(block_table_ptr + request.to(tl.int64) * stride_table + tile * BLOCK_T // PAGE)
+        else:
+            page = tl.load(
+                block_table_ptr + request.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0
+            )
+        base = cache_ptr + (page.to(tl.int64) * stride_page + (position % PAGE) * stride_token)[:, None]
+        k_latent = tl.load(base + c[None, :], mask=valid[:, None], other=0.0)
+        if UPCAST:
+            k_latent = k_latent.to(tl.float32)
+        score = tl.dot(q_latent, tl.trans(k_latent), input_precision="ieee")
+        if R > 0:
+            k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0.0)
+            if UPCAST:
+                k_rope = k_rope.to(tl.float32)
+            score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee")
+        score = tl.where(position[None, :] <= sees[:, None], score * scale_log2, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing: exp2(-inf - 0) = 0
+        rescale = tl.exp2(top - shift)
+        weight = tl.exp2(score - shift[:, None])
+        total = total * rescale + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(k_latent.dtype), k_latent, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+
+    saw = total > 0
+    acc = acc / tl.where(saw, total, 1.0)[:, None]
+    lse = tl.where(saw, top + tl.log2(total), -float("inf"))
+    if pieces == 1:
+        at_out = (q_token * stride_out_t + head * stride_out_n)[:, None] + c[None, :]
+        tl.store(out_ptr + at_out, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
+        tl.store(lse_ptr + q_token * stride_lse_t + head * stride_lse_n, lse * LN_2, mask=real)
+    else:
+        at_part = ((slot + piece).to(tl.int64) * tl.num_programs(0) + row_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(part_ptr + at_part[:, None] * L + c[None, :], acc, mask=real[:, None])
+        tl.store(part_lse_ptr + at_part, lse, mask=real)
+
+
+@triton.jit
+def _merge_kernel(
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    plan_ptr,
+    query_start_ptr,
+    query_len,
+    rows_per_slot,
+    stride_out_t,
+    stride_out_n,
+    stride_lse_t,
+    stride_lse_n,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, request, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pieces, slot = tl.load(plan_ptr + request * 2), tl.load(plan_ptr + request * 2 + 1)
+    if RAGGED:
+        first_token = tl.load(query_start_ptr + request)
+        tokens = tl.load(query_start_ptr + request + 1) - first_token
+    else:
+        first_token = request * query_len
+        tokens = query_len
+    if (pieces == 1) | (row >= tokens * N):
+        return
+
+    s, c = tl.arange(0, BLOCK_S), column * COLUMNS + tl.arange(0, COLUMNS)
+    at_first = slot.to(tl.int64) * rows_per_slot + row
+    top = -float("inf")
+    total = 0.0
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(0, pieces, BLOCK_S):
+        here = begin + s < pieces
+        at = at_first + (begin + s).to(tl.int64) * rows_per_slot
+        lse = tl.load(part_lse_ptr + at, mask=here, other=-float("inf"))
+        part = tl.load(part_ptr + at[:, None] * L + c[None, :], mask=here[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        weight = tl.exp2(lse - shift)
+        total = total * rescale + tl.sum(weight, 0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        top = new_top
+
+    out = acc / tl.where(total > 0, total, 1.0)
+    token, head = (first_token + row // N).to(tl.int64), row % N
+    tl.store(out_ptr + token * stride_out_t + head * stride_out_n + c, out.to(out_ptr.dtype.element_ty))
+    if column == 0:
+        lse = tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf"))
+        tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, lse)
+
+
+class Tile(NamedTuple):
+    """Query rows and cache tokens of a tile, and how a program runs it."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    pieces_per_sm: int
+
+
+def _tile(rows: int, row_elements: int, itemsize: int, device: Device) -> Tile:
+    """A stage holds one tile of cache rows, the query is one tile more; together they must fit in shared memory."""
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    if device.interpreted:  # time goes by the number of operations
+        return Tile(block_m, 64, 4, 1, 2)
+    if itemsize == 4:  # IEEE float32 has no tensor cores: small tiles, or registers spill
+        return Tile(16, 16, 4, 1, 2)
+    free = device.shared_bytes - block_m * row_elements * itemsize
+    for tokens, stages in ((64, 2), (32, 2), (32, 1), (16, 1)):
+        if tokens * row_elements * itemsize * stages <= free:
+            break
+    warps, pieces_per_sm = (8, 1) if block_m == 64 else (4, 2)
+    return Tile(block_m, tokens, warps, stages, pieces_per_sm)
+
+
+def _row_tiles_and_pieces(rows: int, tile: Tile, device: Device) -> tuple[int, int]:
+    """Tiles that the query rows of a request take, and pieces to cut the batch's cache into for each."""
+    row_tiles = triton.cdiv(rows, tile.rows)
+    return row_tiles, max(1, device.num_sms * tile.pieces_per_sm // row_tiles)
+
+
+def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device) -> int:
+    tile = _tile(rows, row_elements, itemsize, device)
+    row_tiles, pieces = _row_tiles_and_pieces(rows, tile, device)
+    return 2 * pieces * row_tiles * tile.rows
+
+
+def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """(shape, dtype) of the scratch tensors that `run` takes, for up to `max_requests` requests.
+
+    Partial outputs, their base-2 LSE, and two integers a request. The first two depend on the GPU and the tile alone.
+    """
+    most = problem.geometry.num_heads * problem.max_query_len
+    layout = problem.layout
+    rows = max(
+        _scratch_rows(min(rows, most), layout.row_elements, layout.format.dtype.itemsize, device)
+        for rows in (16, 32, 64, most)
+    )
+    return _scratch_shapes(rows, problem.geometry.kv_lora_rank, max_requests)
+
+
+def _scratch_shapes(rows: int, latent: int, requests: int):
+    return ((rows * latent,), torch.float32), ((rows,), torch.float32), ((2 * requests,), torch.int32)
+
+
+def run(
+    q_latent_TNL,
+    q_rope_TNR,
+    cache_AGK,
+    block_table_BM,
+    seq_lens_B,
+    *,
+    scale,
+    query_len=1,
+    query_start_B1=None,
+    out_TNL=None,
+    lse_TN=None,
+    workspace=None,
+):
+    """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
+    T, N, L = q_latent_TNL.shape
+    B, R = seq_lens_B.shape[0], q_rope_TNR.shape[-1]
+    ragged = query_start_B1 is not None
+    needed = B * query_len
+    if not ragged and needed != T:
+        raise ValueError(f"{B} requests of {query_len} query tokens need {needed} queries, got {T}")
+    device = device_of(cache_AGK)
+    if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
+        out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
+    if lse_TN is None:
+        lse_TN = q_latent_TNL.new_full((T, N), -torch.inf, dtype=torch.float32)
+    if B == 0:
+        return out_TNL, lse_TN
+
+    sizes = (query_len * N, cache_AGK.shape[2], cache_AGK.element_size(), device)
+    tile = _tile(*sizes)
+    row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
+    shapes = _scratch_shapes(_scratch_rows(*sizes), L, B)
+    if workspace is None:
+        workspace = tuple(torch.empty(shape, dtype=dtype, device=cache_AGK.device) for shape, dtype in shapes)
+    for tensor, (shape, dtype) in zip(workspace, shapes, strict=True):
+        if tensor.numel() < shape[0] or tensor.dtype != dtype:
+            raise ValueError(f"scratch of {shape[0]} {dtype} needed, got {tensor.numel()} {tensor.dtype}")
+    part, part_lse, plan = workspace
+
+    common = {"N": N, "L": L, "RAGGED": ragged}
+    starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
+    out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
+    _splitkv_kernel[(row_tiles, pieces + B)](
+        q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, starts, out_TNL, lse_TN, part, part_lse, plan,
+        scale * LOG2_E.value, query_len, B, pieces,
+        q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1),
+        cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides,
+        R=R, R_PAD=max(16, triton.next_power_of_2(R)), PAGE=cache_AGK.shape[1], B_PAD=_batch_bucket(B),
+        BLOCK_M=tile.rows, BLOCK_T=tile.tokens, UPCAST=device.interpreted, **common,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    # Few query rows: more programs share a row's many pieces. Many rows: programs cost more than the work in them.
+    columns, parts_at_once = (min(L, 128), 16) if B * query_len * N < _FEW_ROWS else (L, 4)
+    _merge_kernel[(query_len * N, B, L // columns)](
+        out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
+        BLOCK_S=parts_at_once, COLUMNS=columns, **common, num_warps=4,
+    )  # fmt: skip
+    return out_TNL, lse_TN
+
+
+def _batch_bucket(batch: int) -> int:
+    """Width of the scan over requests: a few sizes, so that a new batch size seldom compiles a new kernel."""
+    width = 16
+    while width < batch:
+        width *= 8
+    return width

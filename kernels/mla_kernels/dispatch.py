@@ -1,0 +1,117 @@
+"""Pick the kernel for a problem on a device; say why when there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from mla_kernels.cache_layout import CacheLayout
+from mla_kernels.device import Device
+from mla_kernels.geometry import MLAGeometry
+
+
+class UnsupportedMLA(NotImplementedError):
+    """No kernel can run this problem. The message lists every kernel and its reasons."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The static facts a kernel may depend on. Everything else is per-step data.
+
+    layout: geometry, cache format and page size.
+    dtype: of queries, new keys and values, and outputs.
+    max_query_len: most query tokens a request brings to decode (1 without speculative decoding).
+    """
+
+    layout: CacheLayout
+    dtype: torch.dtype
+    max_query_len: int = 1
+
+    @property
+    def geometry(self) -> MLAGeometry:
+        return self.layout.geometry
+
+    def __str__(self) -> str:
+        return (
+            f"{self.geometry}; {self.dtype} queries, {self.layout.format.name} cache, "
+            f"pages of {self.layout.page_size}, up to {self.max_query_len} query tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One implementation of an operation: a module that is imported only when somebody asks for it."""
+
+    module: str
+
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
+
+    def load(self) -> ModuleType:
+        return import_module(self.module)
+
+    def unsupported(self, problem: Problem, device: Device) -> list[str]:
+        """Reasons this kernel cannot run the problem, each "wanted, got"; empty means it can."""
+        try:
+            return self.load().unsupported(problem, device)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("mla_kernels"):
+                raise  # a fault of ours, not a package that the user lacks
+            return [f"needs the package {error.name}, which is not installed"]
+
+    @property
+    def run(self) -> Callable:
+        return self.load().run
+
+
+# Best first. These tuples are the whole selection policy.
+OPERATIONS: dict[str, tuple[Kernel, ...]] = {
+    operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
+    for operation, paths in {
+        "decode": ("decode.triton_splitkv", "decode.torch_decode"),
+        "prefill": ("prefill.triton_ragged", "prefill.torch_prefill"),
+        "cache_write": ("cache.triton_write", "cache.torch_write"),
+        "cache_gather": ("cache.triton_gather", "cache.torch_gather"),
+        "merge": ("merge.triton_merge", "merge.torch_merge"),
+    }.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What was chosen for an operation, and why each better candidate was refused."""
+
+    operation: str
+    kernel: Kernel
+    refused: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        refused = "; ".join(f"{name}: {', '.join(why)}" for name, why in self.refused.items())
+        return self.kernel.name + (f" (not {refused})" if refused else "")
+
+
+def select(operation: str, problem: Problem, device: Device, *, kernel: str = "auto") -> Selection:
+    """Best kernel for `operation` that can run `problem` on `device`.
+
+    kernel: "auto", or the name of a candidate, which is then used or refused, never replaced.
+    Raises ValueError for an unknown operation or name and UnsupportedMLA when nothing fits.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"unknown operation {operation!r}; choose from {', '.join(OPERATIONS)}")
+    candidates = OPERATIONS[operation]
+    if kernel != "auto":
+        candidates = tuple(k for k in candidates if k.name == kernel)
+        if not candidates:
+            names = ", ".join(["auto", *(k.name for k in OPERATIONS[operation])])
+            raise ValueError(f"unknown {operation} kernel {kernel!r}; choose from {names}")
+    refused: dict[str, list[str]] = {}
+    for candidate in candidates:
+        reasons = candidate.unsupported(problem, device)
+        if not reasons:
+            return Selection(operation=operation, kernel=candidate, refused=refused)
+        refused[candidate.name] = reasons
+    lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
+    raise UnsupportedMLA(f"no MLA {operation} kernel for {problem} on {device}\n{lines}")

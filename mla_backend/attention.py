@@ -1,0 +1,136 @@
+"""All attention work of an MLA layer, for any engine: kernels chosen once, then only called."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.steps import DecodeStep, PrefillStep
+from mla_kernels import Device, Problem, Selection, select
+
+# Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
+CALLS: Counter[tuple[str, str]] = Counter()
+
+
+class MLAAttention:
+    """Decode, prefill and cache traffic of the layers that share one problem on one device.
+
+    problem: what is static. scale: factor of the scores, with whatever the model multiplies into 1/sqrt(P + R).
+    operations: those that will be called.
+    Raises UnsupportedMLA or ValueError (see mla_kernels.select) when an operation has no kernel.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        device: Device,
+        config: MLABackendConfig,
+        *,
+        scale: float,
+        operations: tuple[str, ...] = OPERATIONS,
+    ):
+        self.problem, self.device, self.scale = problem, device, scale
+        self.chosen: dict[str, Selection] = {
+            name: select(name, problem, device, kernel=config.kernels[name]) for name in operations
+        }
+        self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
+
+    def _call(self, operation: str, *args, **kwargs):
+        CALLS[operation, self.chosen[operation].kernel.name] += 1
+        return self._run[operation](*args, **kwargs)
+
+    def describe(self) -> str:
+        """One line: which kernels run, why better ones were refused, and what a token costs in the cache."""
+        layout = self.problem.layout
+        kernels = ", ".join(f"{name.replace('_', ' ')} {chosen}" for name, chosen in self.chosen.items())
+        return (
+            f"{kernels}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
+            f"{layout.row_bytes} bytes a token and layer, pages of {layout.page_size}"
+        )
+
+    def decode_workspace(self, max_requests: int):
+        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
+        return self.chosen["decode"].kernel.load().workspace(self.problem, self.device, max_requests=max_requests)
+
+    def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T) -> None:
+        self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T)
+
+    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, *, workspace=None):
+        """Absorbed attention. Returns out_TNL in the queries' dtype and float32 natural-log lse_TN."""
+        return self._call(
+            "decode",
+            q_latent_TNL,
+            q_rope_TNR,
+            cache_AGK,
+            step.block_table_BM,
+            step.seq_lens_B,
+            scale=self.scale,
+            query_len=step.query_len,
+            query_start_B1=step.query_start_B1,
+            workspace=workspace,
+        )
+
+    def attend(self, q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, **options):
+        """Attention over expanded heads; options as in mla_kernels.reference.prefill, and `out_TNV`, `lse_TN`."""
+        return self._call(
+            "prefill", q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, scale=self.scale, **options
+        )
+
+    def prefill(
+        self,
+        q_TNQ: torch.Tensor,
+        kv_latent_TL: torch.Tensor,
+        k_rope_TR: torch.Tensor,
+        cache_AGK: torch.Tensor,
+        step: PrefillStep,
+        *,
+        up_project: Callable[[torch.Tensor], torch.Tensor],
+        out_TNV: torch.Tensor,
+    ) -> torch.Tensor:
+        """New tokens attend causally to each other, then to their cached context, chunk by chunk.
+
+        up_project: latent [S, L] to expanded [S, N, P + V]. Keys are never concatenated: nope part and value are views
+        of its result, the rotary key is one row for all heads.
+        """
+        lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
+        self._attend_expanded(
+            q_TNQ,
+            up_project(kv_latent_TL),
+            k_rope_TR,
+            step.query_start_B1,
+            step.query_start_B1,
+            max_query_len=step.max_query_len,
+            causal=True,
+            out_TNV=out_TNV,
+            lse_TN=lse_TN,
+        )
+        latent = self.problem.geometry.kv_lora_rank
+        for chunk in step.chunks:
+            rows_SK = step.gather_buffer_SK[: chunk.num_keys]
+            self._call(
+                "cache_gather",
+                cache_AGK,
+                step.block_table_BM[chunk.requests],
+                chunk.starts_B,
+                chunk.key_start_B1,
+                rows_SK,
+                max_key_len=chunk.max_key_len,
+            )
+            part = self._attend_expanded(
+                q_TNQ[chunk.tokens],
+                up_project(rows_SK[:, :latent]),
+                rows_SK[:, latent:],
+                chunk.query_start_B1,
+                chunk.key_start_B1,
+                max_query_len=chunk.max_query_len,
+                causal=False,
+            )
+            self._call("merge", out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
+        return out_TNV
+
+    def _attend_expanded(self, q_TNQ, kv_SNX, k_rope_SR, query_start_B1, key_start_B1, **options):
+        geometry = self.problem.geometry
+        k_nope, v = kv_SNX.split([geometry.qk_nope_head_dim, geometry.v_head_dim], -1)
+        k_rope = k_rope_SR[:, None].expand(-1, geometry.num_heads, -1)
+        return self.attend(q_TNQ, k_nope, k_rope, v, query_start_B1, key_start_B1, **options)

@@ -1,0 +1,1 @@
+"""Benchmarks of our kernels beside other people's, in one process on one GPU."""

@@ -1,0 +1,118 @@
+"""What vLLM asks before it takes us: names, limits, and reasons for a refusal."""
+
+from typing import ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
+from vllm.v1.attention.backend import MultipleOf
+
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.models import geometry_of, sparse_model
+from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of, select
+
+NAME = "CUSTOM"
+_PREFERRED_PAGE = 64  # a decode tile then lies in one page
+
+
+def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torch.dtype:
+    """Torch dtype that vLLM's `--kv-cache-dtype` stands for. Raises ValueError for one that we do not have."""
+    own = {"auto": model_dtype, None: model_dtype, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if kv_cache_dtype not in own:
+        wanted = ", ".join(str(name) for name in own if name)
+        raise ValueError(
+            f"mla_backend stores the cache as {wanted}, got --kv-cache-dtype {kv_cache_dtype}; leave the option out"
+        )
+    return own[kv_cache_dtype]
+
+
+def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = None, geometry=None) -> Problem:
+    """The static facts of this server. Raises ValueError when it serves no MLA model that we know."""
+    parallel = vllm_config.parallel_config
+    geometry = geometry or geometry_of(
+        vllm_config.model_config.hf_text_config, tensor_parallel_size=parallel.tensor_parallel_size
+    )
+    speculative = vllm_config.speculative_config
+    layout = CacheLayout(
+        geometry=geometry,
+        format=format_of(cache_dtype_of(kv_cache_dtype, dtype)),
+        page_size=page_size or vllm_config.cache_config.block_size or _PREFERRED_PAGE,
+    )
+    extra = (speculative.num_speculative_tokens or 0) if speculative else 0
+    return Problem(layout=layout, dtype=dtype, max_query_len=1 + extra)
+
+
+def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) -> list[str]:
+    """Every reason why this server cannot use us; empty when it can."""
+    hf_config = vllm_config.model_config.hf_text_config
+    if not use_mla:
+        return [
+            "mla_backend serves MLA layers only, and this model has none or has others beside them; leave out "
+            "--attention-backend CUSTOM, or name it for MLA layers alone: -ac.backend_per_kind.mla_attention CUSTOM"
+        ]
+    reasons = []
+    if name := sparse_model(hf_config):
+        reasons.append(f"mla_backend has no sparse MLA attention yet, which {name} needs; leave out CUSTOM")
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        size = vllm_config.parallel_config.decode_context_parallel_size
+        reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
+    try:
+        problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=page_size)
+    except ValueError as error:
+        return [*reasons, str(error)]
+    config, device = MLABackendConfig.from_environment(), device_of(vllm_config.device_config.device_type)
+    for operation in OPERATIONS:
+        try:
+            select(operation, problem, device, kernel=config.kernels[operation])
+        except (UnsupportedMLA, ValueError) as error:
+            reasons.append(str(error))
+    return reasons
+
+
+class MLABackend(MLACommonBackend):
+    """The attention backend that `--attention-backend CUSTOM` selects."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    # vLLM checks this list first; `refusals` says more about what is not on it.
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls():
+        from mla_backend.vllm_adapter.impl import MLAImpl
+
+        return MLAImpl
+
+    @staticmethod
+    def get_builder_cls():
+        from mla_backend.vllm_adapter.metadata import MLAMetadataBuilder
+
+        return MLAMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return []  # any: the kernels say what they cannot do
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, _PREFERRED_PAGE)
+
+    @classmethod
+    def supports_compute_capability(cls, capability) -> bool:
+        return True  # asked of the kernels, which give reasons
+
+    @classmethod
+    def supports_combination(
+        cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, *_, **__
+    ) -> str | None:
+        reasons = refusals(
+            get_current_vllm_config(), dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=block_size, use_mla=use_mla
+        )
+        return "; ".join(reasons) or None

@@ -1,0 +1,87 @@
+"""Every difference between the vLLM versions that we serve, and every workaround for one of them."""
+
+from collections.abc import Iterator
+
+from packaging.version import Version
+
+from mla_backend.steps import ContextChunk
+
+FIRST, LAST = "0.26", "0.33"
+
+
+def warnings() -> Iterator[str]:
+    """What the user of this vLLM should know, each once a process."""
+    import vllm
+    from vllm import envs
+
+    release = Version(vllm.__version__).release
+    if not Version(FIRST).release <= release[:2] <= Version(LAST).release:
+        yield (
+            f"mla_backend was not tested with vLLM {vllm.__version__}, only with {FIRST} to {LAST}. "
+            "It may fail to start; MLA_BACKEND_DISABLE=1 switches it off."
+        )
+    if getattr(envs, "VLLM_TARGET_DEVICE", None) == "cpu":
+        yield (
+            "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, so on this CPU `--attention-backend CUSTOM` "
+            "will be ignored. Unset it: vLLM's CPU build finds its platform by itself."
+        )
+
+
+def context_chunks(prefill) -> tuple[ContextChunk, ...]:
+    """The cached context of a step's prefill requests as chunks.
+
+    Why: until 0.27 `chunked_context` holds rectangular arrays, one row a chunk with an entry for every prefill
+    request; since 0.28 it lists packed chunk objects, each for a run of requests.
+    Remove when: vLLM 0.27 is no longer served.
+    """
+    context = prefill.chunked_context
+    if context is None:
+        return ()
+    if hasattr(context, "chunks"):
+        return tuple(_packed_chunk(chunk) for chunk in context.chunks)
+    return tuple(_rectangular_chunk(prefill, i) for i in range(len(context.seq_tot)))
+
+
+def _packed_chunk(chunk) -> ContextChunk:
+    return ContextChunk(
+        requests=chunk.request_slice,
+        tokens=chunk.token_slice,
+        query_start_B1=chunk.query_start_loc,
+        max_query_len=chunk.max_query_len,
+        starts_B=chunk.starts,
+        key_start_B1=chunk.cu_seq_lens,
+        max_key_len=chunk.max_seq_len,
+        num_keys=chunk.num_context_tokens,
+    )
+
+
+def _rectangular_chunk(prefill, i: int) -> ContextChunk:
+    context = prefill.chunked_context
+    return ContextChunk(
+        requests=slice(None),
+        tokens=slice(None),
+        query_start_B1=prefill.query_start_loc,
+        max_query_len=prefill.max_query_len,
+        starts_B=context.starts[i],
+        key_start_B1=context.cu_seq_lens[i],
+        max_key_len=int(context.max_seq_lens[i]),
+        num_keys=int(context.seq_tot[i]),
+    )
+
+
+def context_chunk_of_call(prefill, chunk) -> ContextChunk:
+    """The chunk that `run_prefill_context_chunk` is called for: an index until 0.27, the object since 0.28."""
+    return _rectangular_chunk(prefill, chunk) if isinstance(chunk, int) else _packed_chunk(chunk)
+
+
+def disable_broken_cpu_rotary_op(compilation_config) -> None:
+    """Use vLLM's own torch rotary embedding on a CPU.
+
+    Why: the compiled CPU op of 0.32 takes wrong strides from [tokens, heads, width] queries and from sliced keys,
+    which is what MLA hands it, so every token comes out wrong when custom ops are on (enforce_eager with plain rotary
+    embedding).
+    How: one more entry in `custom_ops`, unless the user named the op.
+    Remove when: vLLM's CPU op agrees with `forward_native` on such inputs.
+    """
+    if not any(op.lstrip("+-") == "rotary_embedding" for op in compilation_config.custom_ops):
+        compilation_config.custom_ops.append("-rotary_embedding")

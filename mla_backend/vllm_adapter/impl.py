@@ -1,0 +1,112 @@
+"""One MLA layer in vLLM: translate the call, hand over to `MLAAttention`."""
+
+from functools import cache
+from importlib.metadata import version
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
+
+from mla_backend.attention import MLAAttention
+from mla_backend.config import MLABackendConfig
+from mla_backend.vllm_adapter.backend import NAME, make_problem
+from mla_backend.vllm_adapter.metadata import MLAMetadata
+from mla_kernels import MLAGeometry, Problem, device_of
+
+logger = init_logger("vllm.mla_backend")
+
+
+@cache
+def _attention(problem: Problem, device, scale: float) -> MLAAttention:
+    """One object for all layers that ask the same of the same device: kernels are chosen and announced once."""
+    attention = MLAAttention(problem, device, MLABackendConfig.from_environment(), scale=scale)
+    logger.info("mla_backend %s: %s", version("mla-backend"), attention.describe())
+    return attention
+
+
+class MLAImpl(MLACommonImpl[MLAMetadata]):
+    """Cache write, decode and prefill by our kernels."""
+
+    can_return_lse_for_decode: bool = True
+    supports_dcp: bool = False
+    supports_pcp: bool = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False  # our decode takes queries in the model's dtype
+        vllm_config = get_current_vllm_config()
+        geometry = MLAGeometry(
+            num_heads=self.num_heads,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+        )
+        problem = make_problem(
+            vllm_config,
+            dtype=torch.get_default_dtype(),
+            kv_cache_dtype=self.kv_cache_dtype,
+            geometry=geometry,
+        )
+        device = device_of(vllm_config.device_config.device)
+        self.attention = _attention(problem, device, self.scale)
+        self._scratch_shapes = self.attention.decode_workspace(vllm_config.scheduler_config.max_num_seqs)
+        self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
+        self._own_prefill = _claim_prefill(vllm_config.attention_config)
+
+    def _scratch(self) -> list[torch.Tensor] | None:
+        """Decode scratch: a slice of the memory that vLLM shares among layers and guards for each micro-batch."""
+        if not self._scratch_shapes or not is_workspace_manager_initialized():
+            return None
+        return current_workspace_manager().get_simultaneous(*self._scratch_shapes)
+
+    def do_kv_cache_update(
+        self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False
+    ) -> None:
+        if kv_cache.numel() == 0:  # memory is being profiled: there is no cache yet
+            return
+        slots = slot_mapping.flatten()
+        tokens = min(len(slots), len(kv_c_normed))  # either may be padded for a graph
+        self.attention.write(kv_c_normed[:tokens], k_pe[:tokens].flatten(1), kv_cache, slots[:tokens])
+
+    def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, layer):
+        if not isinstance(q, tuple):
+            q = q.split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        step = attn_metadata.decode.step
+        return self.attention.decode(*q, kv_c_and_k_pe_cache, step, workspace=self._scratch())
+
+    def forward_mha(
+        self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, k_scale, output, output_scale=None
+    ) -> None:
+        if not self._own_prefill:
+            super().forward_mha(q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale)
+            return
+        self.attention.prefill(
+            q,
+            kv_c_normed,
+            k_pe.flatten(1),
+            kv_c_and_k_pe_cache,
+            attn_metadata.prefill_step,
+            up_project=self._up_project,
+            out_TNV=output.view(-1, self.num_heads, self.v_head_dim),
+        )
+
+    def _up_project(self, latent_SL: torch.Tensor) -> torch.Tensor:
+        expanded = self.kv_b_proj(latent_SL)[0]
+        return expanded.view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
+
+
+def _claim_prefill(attention_config) -> bool:
+    """Make our prefill the one that vLLM takes for this layer, unless the user named another. Returns whether it is
+    ours.
+
+    vLLM picks a prefill backend right after it has built this object, from the same config, and raises if none of its
+    own takes the model's shape. On a CPU it ignores the config and builds its own, which `forward_mha` then leaves
+    unused.
+    """
+    if attention_config.mla_prefill_backend is None:
+        attention_config.mla_prefill_backend = MLAPrefillBackendEnum.CUSTOM
+    return attention_config.mla_prefill_backend.name == NAME

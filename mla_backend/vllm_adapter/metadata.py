@@ -1,0 +1,81 @@
+"""vLLM's batch description, turned into engine-neutral steps once for all layers."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.model_executor.layers.attention.mla_attention import (
+    MLACommonDecodeMetadata,
+    MLACommonMetadata,
+    MLACommonMetadataBuilder,
+    QueryLenSupport,
+)
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from mla_backend.steps import DecodeStep, PrefillStep
+from mla_backend.vllm_adapter import compat
+
+
+@dataclass
+class MLADecodeMetadata(MLACommonDecodeMetadata):
+    step: DecodeStep | None = None
+
+
+@dataclass
+class MLAMetadata(MLACommonMetadata[MLADecodeMetadata]):
+    prefill_step: PrefillStep | None = None
+
+    def __post_init__(self):
+        """The parent refuses head sizes that vLLM's own backends lack; our kernels were already asked."""
+
+
+class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
+    """Sends every request of up to `reorder_batch_threshold` query tokens to decode, of whatever length each is."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata)
+
+    def _build_decode(
+        self,
+        block_table_tensor: torch.Tensor,
+        seq_lens_device: torch.Tensor,
+        *,
+        query_start_loc_cpu: torch.Tensor,
+        query_start_loc_device: torch.Tensor,
+        dcp_tot_seq_lens_device: torch.Tensor | None,
+        **_,
+    ) -> MLADecodeMetadata:
+        query_lens = query_start_loc_cpu.diff()
+        longest = int(query_lens.max())
+        uniform = bool((query_lens == longest).all())
+        step = DecodeStep(
+            block_table_BM=block_table_tensor,
+            seq_lens_B=seq_lens_device,
+            query_len=longest,
+            query_start_B1=None if uniform else query_start_loc_device,
+        )
+        return MLADecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            step=step,
+        )
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> MLAMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if metadata.prefill is not None:
+            metadata.prefill_step = self._prefill_step(metadata.prefill)
+        return metadata
+
+    def _prefill_step(self, prefill) -> PrefillStep:
+        chunks = compat.context_chunks(prefill)
+        return PrefillStep(
+            query_start_B1=prefill.query_start_loc,
+            max_query_len=prefill.max_query_len,
+            block_table_BM=prefill.block_table,
+            chunks=chunks,
+            gather_buffer_SK=prefill.chunked_context.workspace if chunks else None,
+        )

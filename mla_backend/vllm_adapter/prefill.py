@@ -1,0 +1,88 @@
+"""Our prefill as a vLLM prefill backend: for `-ac.mla_prefill_backend CUSTOM`, and for layers that call one
+directly."""
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
+
+from mla_backend.attention import MLAAttention
+from mla_backend.config import MLABackendConfig
+from mla_backend.models import geometry_of
+from mla_backend.vllm_adapter import compat
+from mla_backend.vllm_adapter.backend import NAME
+from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
+
+
+def _problem(geometry: MLAGeometry, dtype: torch.dtype) -> Problem:
+    """Prefill works on expanded heads: the cache format that it is told does not matter to it."""
+    return Problem(layout=CacheLayout(geometry=geometry, format=format_of(dtype), page_size=1), dtype=dtype)
+
+
+class MLAPrefill(MLAPrefillBackend):
+    """Causal attention among new tokens and full attention over a context chunk, on concatenated keys."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012 (the parent's form)
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @classmethod
+    def validate_configuration(cls, device_capability, selector_config) -> list[str]:
+        reasons = super().validate_configuration(device_capability, selector_config)
+        vllm_config = get_current_vllm_config()
+        kernel = MLABackendConfig.from_environment().kernels["prefill"]
+        try:
+            problem = _problem(geometry_of(vllm_config.model_config.hf_text_config), selector_config.dtype)
+            select("prefill", problem, device_of(vllm_config.device_config.device), kernel=kernel)
+        except (UnsupportedMLA, ValueError) as error:
+            reasons.append(str(error))
+        return reasons
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        geometry = MLAGeometry(
+            num_heads=self.num_heads,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+        )
+        self._attention = MLAAttention(
+            _problem(geometry, self.vllm_config.model_config.dtype),
+            device_of(self.vllm_config.device_config.device),
+            MLABackendConfig.from_environment(),
+            scale=self.scale,
+            operations=("prefill",),
+        )
+
+    def supports_out(self) -> bool:
+        return True
+
+    def run_prefill_new_tokens(self, q, k, v, return_softmax_lse, out=None, output_scale=None):
+        step = self._prefill_metadata
+        starts = step.query_start_loc
+        out, lse_NT = self._attend(q, k, v, starts, starts, step.max_query_len, causal=True, out=out)
+        return (out, lse_NT) if return_softmax_lse else out
+
+    def run_prefill_context_chunk(self, chunk, q, k, v, out=None):
+        chunk = compat.context_chunk_of_call(self._prefill_metadata, chunk)
+        return self._attend(
+            q, k, v, chunk.query_start_B1, chunk.key_start_B1, chunk.max_query_len, causal=False, out=out
+        )
+
+    def _attend(self, q, k, v, query_start, key_start, max_query_len, *, causal, out):
+        lse_NT = q.new_empty((self.num_heads, q.shape[0]), dtype=torch.float32)  # vLLM merges with heads first
+        out, _ = self._attention.attend(
+            q,
+            k[..., : self.qk_nope_head_dim],
+            k[..., self.qk_nope_head_dim :],
+            v,
+            query_start,
+            key_start,
+            max_query_len=max_query_len,
+            causal=causal,
+            out_TNV=out,
+            lse_TN=lse_NT.T,
+        )
+        return out, lse_NT
