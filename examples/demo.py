@@ -34,7 +34,7 @@ FOLDER = pathlib.Path(os.environ.get("MLA_DEMO_FOLDER", "models/demo"))
 LOGPROB_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 OPERATIONS = ("cache_write", "prefill", "decode")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
 def show_our_start_up_line() -> None:
@@ -42,7 +42,7 @@ def show_our_start_up_line() -> None:
     logger = logging.getLogger("vllm.mla_backend")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def step(text: str) -> None:
@@ -53,6 +53,7 @@ def serve(folder, prompts: list[list[int]], device: str):
     """Greedy continuations by vLLM: [(tokens, log-probabilities)]."""
     from vllm import LLM, SamplingParams
 
+    show_our_start_up_line()
     memory = {} if device == "cuda" else {"kv_cache_memory_bytes": 64 << 20}
     llm = LLM(
         model=str(folder),
@@ -73,7 +74,7 @@ def serve(folder, prompts: list[list[int]], device: str):
 
 def compare(tokenizer, expected, answers, tolerance: float) -> bool:
     """Print what was generated beside what transformers generated. Returns whether they agree."""
-    table = Table("prompt", "vLLM with mla_backend continues", "tokens equal", "log-probabilities differ by")
+    table = Table("prompt", "vLLM with mla_backend continues", "tokens equal", "logprobs differ by")
     good = True
     for prompt, want, (tokens, logprobs) in zip(PROMPTS, expected, answers, strict=True):
         equal = sum(a == b for a, b in zip(tokens, want.tokens, strict=True))
@@ -111,14 +112,13 @@ def main() -> int:
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
     expected = generate(folder, prompts, NEW_TOKENS)
     step("transformers has answered; vLLM loads")
-    show_our_start_up_line()
     answers = serve(folder, prompts, device)
     step("vLLM has answered")
     same = compare(tokenizer, expected, answers, LOGPROB_TOLERANCE[device])
     ours = count_calls()
     if same and ours:
-        console.print("[bold
-        green]equal[/]: same tokens and log-probabilities as transformers, all attention by our kernels") return 0
+        console.print("[bold green]equal[/]: tokens and log-probabilities as transformers', attention by our kernels")
+        return 0
     console.print("[bold red]not equal[/]" if not same else "[bold red]some attention was not done by our kernels[/]")
     return 1
 

@@ -1,19 +1,10 @@
 """vLLM's real engine with our backend gives the tokens and log-probabilities of Hugging Face transformers, in
 float32."""
 
-import random
-
 import pytest
-from conftest import assert_same_answers
+from harness import assert_same_answers, prompts
 
 pytest.importorskip("vllm")
-
-LENGTHS = (2, 17, 64, 65, 131, 450)  # uneven, on both sides of pages and tiles
-
-
-def prompts(lengths=LENGTHS, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
 
 
 def ran(run, *operations, kind="torch"):
@@ -30,7 +21,7 @@ def ran(run, *operations, kind="torch"):
         {"arch": "v2"},
         {"arch": "v2", "q_lora_rank": 96},
         {"arch": "v3", "q_lora_rank": 96},
-        {"arch": "v2", "kv_lora_rank": 256, "nope": 64, "v": 64, "rope": 32, "heads": 5},
+        {"arch": "v2", "kv_lora_rank": 256, "nope": 64, "v": 64, "rope": 32, "heads": 5, "hidden": 320},
     ],
     ids=["v2", "v2-q_lora", "v3-q_lora", "latent-256-rope-32-heads-5"],
 )

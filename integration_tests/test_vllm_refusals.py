@@ -66,11 +66,11 @@ def test_fp8_cache_is_refused_for_now(engine, checkpoints):
     assert "got --kv-cache-dtype fp8; leave the option out" in failed.log
 
 
-def test_disabled(engine, checkpoints):
-    failed = engine(checkpoints(), [PROMPT], fails=True, env={"MLA_BACKEND_DISABLE": "1"})
-    assert "CUSTOM" in failed.log and "registered before" in failed.log
-    works = engine(checkpoints(), [PROMPT], env={"MLA_BACKEND_DISABLE": "1"}, attention_backend="CPU_MLA", max_tokens=2)
-    assert not works.calls
+def test_disabled_is_as_if_not_installed(engine, checkpoints):
+    """Without us, vLLM's CPU platform passes over the flag and says so; on a GPU it would refuse an empty slot."""
+    run = engine(checkpoints(), [PROMPT], env={"MLA_BACKEND_DISABLE": "1"}, max_tokens=2)
+    assert "Cannot use AttentionBackendEnum.CUSTOM backend on CPU" in run.log
+    assert not run.calls
 
 
 def test_without_the_flag_vllm_is_as_it_was(engine, checkpoints):

@@ -1,4 +1,4 @@
-"""What Triton kernels share: constants, the two ways a dot product differs between a GPU and the interpreter, common refusals."""
+"""What Triton kernels share: constants, dot products that a GPU and the interpreter both do right, refusals."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def refusals(device, **dtypes) -> list[str]:
-    """Why plain Triton kernels cannot run on `device` with tensors of these dtypes; `dtypes` by what users call them."""
+    """Why plain Triton kernels cannot run on `device` with these dtypes, given by what users call the tensors."""
     reasons = []
     if not device.runs_triton:
         reasons.append(f"needs a GPU (or TRITON_INTERPRET=1), got {device}")
@@ -24,7 +24,9 @@ def refusals(device, **dtypes) -> list[str]:
 
 def require_adjacent(**tensors) -> None:
     """Raise ValueError unless the values of every row are adjacent: kernels take all strides but the last."""
-    wrong = [f"{name} has stride {x.stride(-1)}" for name, x in tensors.items() if x.shape[-1] > 1 and x.stride(-1) != 1]
+    wrong = [
+        f"{name} has stride {x.stride(-1)}" for name, x in tensors.items() if x.shape[-1] > 1 and x.stride(-1) != 1
+    ]
     if wrong:
         raise ValueError(f"the last dimension must be contiguous: {', '.join(wrong)}")
 

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.v1.attention.backend import MultipleOf
 
@@ -112,7 +112,10 @@ class MLABackend(MLACommonBackend):
     def supports_combination(
         cls, head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, *_, **__
     ) -> str | None:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None:  # somebody lists backends outside of an engine: there is no model to check
+            return None
         reasons = refusals(
-            get_current_vllm_config(), dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=block_size, use_mla=use_mla
+            vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=block_size, use_mla=use_mla
         )
         return "; ".join(reasons) or None

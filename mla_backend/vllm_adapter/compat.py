@@ -69,9 +69,13 @@ def _rectangular_chunk(prefill, i: int) -> ContextChunk:
     )
 
 
-def context_chunk_of_call(prefill, chunk) -> ContextChunk:
-    """The chunk that `run_prefill_context_chunk` is called for: an index until 0.27, the object since 0.28."""
-    return _rectangular_chunk(prefill, chunk) if isinstance(chunk, int) else _packed_chunk(chunk)
+def context_chunk_of_call(prefill, chunk, chunk_idx: int | None) -> ContextChunk:
+    """The chunk that `run_prefill_context_chunk` is called for.
+
+    Why: until 0.27 it is named by `chunk_idx`, since 0.28 handed over as `chunk`.
+    Remove when: vLLM 0.27 is no longer served.
+    """
+    return _packed_chunk(chunk) if chunk_idx is None else _rectangular_chunk(prefill, chunk_idx)
 
 
 def disable_broken_cpu_rotary_op(compilation_config) -> None:

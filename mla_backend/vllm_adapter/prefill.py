@@ -65,8 +65,8 @@ class MLAPrefill(MLAPrefillBackend):
         out, lse_NT = self._attend(q, k, v, starts, starts, step.max_query_len, causal=True, out=out)
         return (out, lse_NT) if return_softmax_lse else out
 
-    def run_prefill_context_chunk(self, chunk, q, k, v, out=None):
-        chunk = compat.context_chunk_of_call(self._prefill_metadata, chunk)
+    def run_prefill_context_chunk(self, chunk=None, q=None, k=None, v=None, out=None, *, chunk_idx=None):
+        chunk = compat.context_chunk_of_call(self._prefill_metadata, chunk, chunk_idx)
         return self._attend(
             q, k, v, chunk.query_start_B1, chunk.key_start_B1, chunk.max_query_len, causal=False, out=out
         )

@@ -15,26 +15,16 @@ import triton
 import triton.language as tl
 
 from mla_kernels.device import Device, device_of
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, refusals, require_adjacent
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S pieces. In kernels: `row` = query token within the request * N + head.
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_FEW_ROWS = 1024
+_MERGE_PROGRAMS, _MERGE_COLUMNS, _MERGE_VALUES = 512, 32, 2048  # programs wanted, columns at least, values at once
 
 
 def unsupported(problem, device: Device) -> list[str]:
-    reasons = []
-    if not device.runs_triton:
-        reasons.append(f"needs a GPU (or TRITON_INTERPRET=1), got {device}")
-    if device.kind == "cuda" and device.arch < 80:
-        reasons.append(f"needs sm_80 or newer, got sm_{device.arch}")
-    for what, dtype in (("queries", problem.dtype), ("cache", problem.layout.format.dtype)):
-        if dtype not in _DTYPES:
-            reasons.append(f"{what} must be float32, float16 or bfloat16, got {dtype}")
+    reasons = refusals(device, queries=problem.dtype, cache=problem.layout.format.dtype)
     if problem.dtype != problem.layout.format.dtype:
         reasons.append(f"queries and cache must have one dtype, got {problem.dtype} and {problem.layout.format.dtype}")
     latent = problem.geometry.kv_lora_rank
@@ -139,10 +129,8 @@ def _splitkv_kernel(
             mask=real[:, None] & (r[None, :] < R),
             other=0.0,
         )
-    if UPCAST:
-        q_latent = q_latent.to(tl.float32)
-        if R > 0:
-            q_rope = q_rope.to(tl.float32)
+        q_rope = dot_operand(q_rope, UPCAST)
+    q_latent = dot_operand(q_latent, UPCAST)
 
     # Pieces of one request differ by at most one tile.
     tiles = tl.cdiv(seq_len, BLOCK_T)
@@ -162,22 +150,18 @@ def _splitkv_kernel(
                 block_table_ptr + request.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0
             )
         base = cache_ptr + (page.to(tl.int64) * stride_page + (position % PAGE) * stride_token)[:, None]
-        k_latent = tl.load(base + c[None, :], mask=valid[:, None], other=0.0)
-        if UPCAST:
-            k_latent = k_latent.to(tl.float32)
-        score = tl.dot(q_latent, tl.trans(k_latent), input_precision="ieee")
+        k_latent = dot_operand(tl.load(base + c[None, :], mask=valid[:, None], other=0.0), UPCAST)
+        score = dot(q_latent, tl.trans(k_latent), tl.zeros((BLOCK_M, BLOCK_T), tl.float32))
         if R > 0:
             k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0.0)
-            if UPCAST:
-                k_rope = k_rope.to(tl.float32)
-            score = tl.dot(q_rope, tl.trans(k_rope), score, input_precision="ieee")
+            score = dot(q_rope, tl.trans(dot_operand(k_rope, UPCAST)), score)
         score = tl.where(position[None, :] <= sees[:, None], score * scale_log2, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing: exp2(-inf - 0) = 0
         rescale = tl.exp2(top - shift)
         weight = tl.exp2(score - shift[:, None])
         total = total * rescale + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(k_latent.dtype), k_latent, acc * rescale[:, None], input_precision="ieee")
+        acc = dot(weight.to(k_latent.dtype), k_latent, acc * rescale[:, None])
         top = new_top
 
     saw = total > 0
@@ -260,16 +244,26 @@ class Tile(NamedTuple):
     pieces_per_sm: int
 
 
+# Cache tokens of a tile and software-pipeline stages, fastest on an H200 first; three stages pay for 16 rows alone.
+_SIZES = ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
+_SMALL_SHARED_BYTES = 128 << 10
+
+
 def _tile(rows: int, row_elements: int, itemsize: int, device: Device) -> Tile:
-    """A stage holds one tile of cache rows, the query is one tile more; together they must fit in shared memory."""
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    """The first size whose staged cache rows and softmax weights fit in shared memory beside the query's rows."""
+    most_rows = 32 if device.shared_bytes < _SMALL_SHARED_BYTES else 64
+    block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
     if device.interpreted:  # time goes by the number of operations
         return Tile(block_m, 64, 4, 1, 2)
     if itemsize == 4:  # IEEE float32 has no tensor cores: small tiles, or registers spill
         return Tile(16, 16, 4, 1, 2)
+    # Hopper's matrix instructions read 64 rows from shared memory in every stage; older ones load the last into
+    # registers.
+    in_registers = 0 if block_m == 64 and device.kind == "cuda" and device.arch >= 90 else 1
     free = device.shared_bytes - block_m * row_elements * itemsize
-    for tokens, stages in ((64, 2), (32, 2), (32, 1), (16, 1)):
-        if tokens * row_elements * itemsize * stages <= free:
+    for tokens, stages in _SIZES if block_m == 16 else _SIZES[1:]:
+        staged_rows = tokens * max(1, stages - in_registers)
+        if (staged_rows * row_elements + block_m * tokens) * itemsize <= free:
             break
     warps, pieces_per_sm = (8, 1) if block_m == 64 else (4, 2)
     return Tile(block_m, tokens, warps, stages, pieces_per_sm)
@@ -326,6 +320,7 @@ def run(
     needed = B * query_len
     if not ragged and needed != T:
         raise ValueError(f"{B} requests of {query_len} query tokens need {needed} queries, got {T}")
+    require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
     device = device_of(cache_AGK)
     if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
         out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
@@ -357,11 +352,11 @@ def run(
         BLOCK_M=tile.rows, BLOCK_T=tile.tokens, UPCAST=device.interpreted, **common,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    # Few query rows: more programs share a row's many pieces. Many rows: programs cost more than the work in them.
-    columns, parts_at_once = (min(L, 128), 16) if B * query_len * N < _FEW_ROWS else (L, 4)
+    # Few query rows: several programs share one, each merges some columns of many pieces at a time.
+    columns = min(L, max(_MERGE_COLUMNS, triton.next_power_of_2(L * B * query_len * N // _MERGE_PROGRAMS)))
     _merge_kernel[(query_len * N, B, L // columns)](
         out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
-        BLOCK_S=parts_at_once, COLUMNS=columns, **common, num_warps=4,
+        BLOCK_S=_MERGE_VALUES // columns, COLUMNS=columns, **common, num_warps=4,
     )  # fmt: skip
     return out_TNL, lse_TN
 

@@ -1,0 +1,81 @@
+"""What the engine's tests share: prompts, one engine run in a process of its own, and how answers are compared."""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+MAX_TOKENS = 12
+LOGPROB_TOLERANCE = 1e-3  # float32 against float32: 5e-5 was seen; a softmax scale 1 % off moves them by 0.05 and more
+
+
+LENGTHS = (2, 17, 64, 65, 131, 450)  # uneven, on both sides of pages and tiles
+
+
+def prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
+    """Random token ids, one prompt of each length."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
+
+
+def kernels_env(kind: str) -> dict[str, str]:
+    """Environment that makes every operation take the kernels of one kind, "torch" or "triton"."""
+    if kind == "triton":
+        return {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    return {"TRITON_INTERPRET": "0"}
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What one engine did: `rounds` of answers, `calls` of our kernels, vLLM's `metrics`, and its `log`."""
+
+    rounds: list
+    calls: dict[str, int]
+    metrics: dict[str, float]
+    log: str
+
+
+@dataclass(frozen=True)
+class FailedRun:
+    returncode: int
+    log: str
+
+
+def run_engine(
+    folder: pathlib.Path, model, rounds, *, kernels="torch", env=None, fails=False, max_tokens=MAX_TOKENS, **llm
+):
+    """Run engine_runner.py with `folder` as its working directory. Returns an EngineRun, or a FailedRun if `fails`.
+
+    rounds: batches of prompts (token ids), one after another.   llm: keyword arguments of vllm.LLM.
+    """
+    spec, result = folder / "spec.json", folder / "result.json"
+    spec.write_text(json.dumps({"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine_runner.py"), str(spec), str(result)],
+        env={**os.environ, **kernels_env(kernels), **(env or {})},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    log = done.stdout + done.stderr
+    if fails:
+        assert done.returncode != 0, f"vLLM was expected to refuse, but ran:\n{log[-4000:]}"
+        return FailedRun(done.returncode, log)
+    assert done.returncode == 0, log[-6000:]
+    return EngineRun(**json.loads(result.read_text()), log=log)
+
+
+def assert_same_answers(answers, expected, *, tolerance: float = LOGPROB_TOLERANCE) -> None:
+    """Tokens equal to the oracle's, and log-probabilities within `tolerance`."""
+    for i, (got, want) in enumerate(zip(answers, expected, strict=True)):
+        context = f"prompt {i}: smallest gap between two logits {want.smallest_gap:.4f}"
+        assert got["tokens"] == want.tokens, context
+        worst = max(abs(a - b) for a, b in zip(got["logprobs"], want.logprobs, strict=True))
+        assert worst < tolerance, f"{context}; log-probabilities differ by {worst:.2e}"

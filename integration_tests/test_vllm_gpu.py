@@ -1,0 +1,74 @@
+"""The real engine on a GPU, with CUDA graphs: tokens of transformers, our kernels in decode and prefill."""
+
+import pytest
+from harness import assert_same_answers, prompts
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.gpu
+
+# vLLM's mixture-of-experts kernel multiplies float32 in TF32 (10 bits of mantissa), which is not ours to change.
+TF32_LOGPROBS = 5e-2
+# bfloat16 keeps 8 bits: two logits of size 8 to 16 that are closer than two of its steps may change places.
+BF16_NEAR_TIE = 0.125
+GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"arch": "v2"},
+        {"arch": "v3", "q_lora_rank": 96},
+        {"arch": "v2", "kv_lora_rank": 256, "nope": 64, "v": 64, "rope": 32, "heads": 5, "hidden": 320},
+    ],
+    ids=["v2", "v3", "a-shape-that-no-prefill-of-vllm-takes"],
+)
+def test_float32_with_cuda_graphs(engine, checkpoints, oracle, shape):
+    folder = checkpoints(**shape)
+    run = engine(folder, [prompts(), prompts()], **GRAPHS, enable_prefix_caching=True)
+    line = next(line for line in run.log.splitlines() if "mla_backend 0" in line)
+    assert "decode triton_splitkv" in line
+    assert "prefill triton_ragged" in line
+    assert "Capturing CUDA graphs" in run.log
+    for answers in run.rounds:
+        assert_same_answers(answers, oracle(folder, prompts()), tolerance=TF32_LOGPROBS)
+    assert run.rounds[1][-1]["cached"] > 0
+    assert {name.split(":")[1] for name in run.calls} == {
+        "triton_splitkv", "triton_ragged", "triton_write", "triton_gather", "triton_merge"
+    }  # fmt: skip
+
+
+def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle):
+    folder = checkpoints()
+    run = engine(folder, [prompts()], dtype="bfloat16", **GRAPHS)
+    for got, want in zip(run.rounds[0], oracle(folder, prompts()), strict=True):
+        differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
+        assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+
+
+def test_ngram_speculation_with_cuda_graphs(engine, checkpoints, oracle):
+    folder = checkpoints()
+    phrase = prompts((9,))[0]
+    batch = [phrase * 5, phrase[:4] * 8, *prompts((40,))]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    run = engine(folder, [batch], speculative_config=speculation, max_tokens=24, **GRAPHS)
+    assert_same_answers(run.rounds[0], oracle(folder, batch, 24), tolerance=TF32_LOGPROBS)
+    assert run.metrics["vllm:spec_decode_num_drafts"] > 0
+
+
+def test_our_prefill_under_another_decode(engine, checkpoints, oracle):
+    """`-ac.mla_prefill_backend CUSTOM` alone: vLLM's own Triton decode, our prefill, context chunks included."""
+    folder = checkpoints()
+    run = engine(
+        folder,
+        [prompts(), prompts()],
+        dtype="bfloat16",
+        enable_prefix_caching=True,
+        max_num_batched_tokens=128,
+        attention_backend=None,
+        attention_config={"backend": "TRITON_MLA", "mla_prefill_backend": "CUSTOM"},
+    )
+    assert set(run.calls) == {"prefill:triton_ragged"}
+    for answers in run.rounds:
+        for got, want in zip(answers, oracle(folder, prompts()), strict=True):
+            differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
+            assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)

@@ -1,0 +1,73 @@
+"""Ragged prefill attention over expanded heads in plain torch, for CPU tensors.
+
+For each request, and for as many of its queries at a time as a fixed buffer holds scores for:
+  1. scores in float32, as one batched product over heads;
+  2. softmax in place, and its log-sum-exp;
+  3. weighted values, written to the output.
+"""
+
+import torch
+
+# Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value, M queries of a chunk.
+
+_MOST_SCORES = 1 << 24  # 64 MiB of float32
+
+
+def unsupported(problem, device) -> list[str]:
+    return [] if device.kind == "cpu" else [f"runs on CPU tensors, got {device}"]
+
+
+def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None):
+    """Softmax attention; query i sees the first `first_sees` + i keys, or all if None. Returns out_NMV, lse_NM."""
+    score_NMS = torch.bmm(q_NMQ, k_NSQ.mT).mul_(scale)
+    if first_sees is not None:
+        sees_M1 = first_sees + torch.arange(q_NMQ.shape[1])[:, None]
+        score_NMS.masked_fill_(torch.arange(k_NSQ.shape[1]) >= sees_M1, -torch.inf)
+    top_NM1 = score_NMS.amax(-1, keepdim=True)
+    top_NM1.masked_fill_(top_NM1 == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0
+    weight_NMS = score_NMS.sub_(top_NM1).exp_()
+    total_NM1 = weight_NMS.sum(-1, keepdim=True)
+    out_NMV = torch.bmm(weight_NMS, v_NSV) / total_NM1.clamp(min=1.0)  # 1 or more unless the query sees nothing
+    return out_NMV, (top_NM1 + total_NM1.log()).squeeze(-1)
+
+
+def run(
+    q_TNQ,
+    k_nope_SNP,
+    k_rope_SNR,
+    v_SNV,
+    query_start_B1,
+    key_start_B1,
+    *,
+    max_query_len,
+    scale,
+    causal,
+    out_TNV=None,
+    lse_TN=None,
+):
+    """Same contract as reference.prefill."""
+    heads = q_TNQ.shape[1]
+    acc = torch.promote_types(q_TNQ.dtype, torch.float32)
+    if out_TNV is None:
+        out_TNV = q_TNQ.new_empty(*q_TNQ.shape[:2], v_SNV.shape[-1])
+    if lse_TN is None:
+        lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=acc)
+    out_TNV.zero_()
+    lse_TN.fill_(-torch.inf)
+    query_start, key_start = query_start_B1.tolist(), key_start_B1.tolist()
+    for b, first_key in enumerate(key_start[:-1]):
+        keys = slice(first_key, key_start[b + 1])
+        num_keys, end = keys.stop - keys.start, query_start[b + 1]
+        if num_keys == 0 or query_start[b] == end:
+            continue
+        k_NSQ = torch.cat([k_nope_SNP[keys], k_rope_SNR[keys]], -1).transpose(0, 1).to(acc)
+        v_NSV = v_SNV[keys].transpose(0, 1).to(acc)
+        chunk = max(1, _MOST_SCORES // (heads * num_keys))
+        for first in range(query_start[b], end, chunk):
+            mine = slice(first, min(first + chunk, end))
+            visible = slice(0, max(1, num_keys - end + mine.stop) if causal else num_keys)
+            first_sees = num_keys - end + first + 1 if causal else None
+            q_NMQ = q_TNQ[mine].transpose(0, 1).to(acc)
+            out_NMV, lse_NM = _attend(q_NMQ, k_NSQ[:, visible], v_NSV[:, visible], scale, first_sees)
+            out_TNV[mine], lse_TN[mine] = out_NMV.transpose(0, 1), lse_NM.T
+    return out_TNV, lse_TN

@@ -1,0 +1,27 @@
+"""Kernels are tested on the GPU that is there, or else in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from mla_kernels.device import device_of, interpreting
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel module is imported
+
+
+@pytest.fixture
+def place():
+    """place(kernel, problem): "cuda" or "cpu", the first of the two where the kernel runs; skips if it runs nowhere."""
+
+    def find(kernel, problem) -> str:
+        reasons = []
+        for where in ("cuda", "cpu") if torch.cuda.is_available() and not interpreting() else ("cpu",):
+            refused = kernel.unsupported(problem, device_of(where))
+            if not refused:
+                return where
+            reasons += refused
+        pytest.skip("; ".join(reasons))
+
+    return find

@@ -1,0 +1,70 @@
+"""What only the plain torch decode promises, beyond test_kernel_decode.py, which runs every decode kernel."""
+
+import pytest
+import torch
+
+from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
+from mla_kernels.decode import torch_decode
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, PagedCase, assert_matches, make_decode
+
+
+def geometry(num_heads=5, latent=64, rope=32):
+    return MLAGeometry(
+        num_heads=num_heads, kv_lora_rank=latent, qk_nope_head_dim=64, qk_rope_head_dim=rope, v_head_dim=64
+    )
+
+
+def check(case):
+    """Run into strided outputs full of NaN, and compare every row, owned or not."""
+    q_latent = case.arrays[0]
+    tokens, heads, latent = q_latent.shape
+    wide = torch.full((tokens, heads + 1, latent + 8), torch.nan, dtype=q_latent.dtype)
+    out, lse = wide[:, :heads, :latent], torch.full((heads, tokens + 2), torch.nan).T[:tokens]
+    torch_decode.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=())
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[q_latent.dtype])
+    assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("query_lens", [1, 3, [1, 0, 4, 2, 1]], ids=str)
+def test_dtypes(query_lens, dtype, needles):
+    case = make_decode(
+        geometry(), [15, 16, 0, 17, 200], query_lens=query_lens, dtype=dtype, needles=needles, page_gap=40
+    )
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("heads", "latent", "rope", "page_size"),
+    [(1, 512, 0, 1), (12, 256, 64, 32), (20, 320, 32, 64), (128, 512, 64, 128)],
+)
+def test_geometries_and_page_sizes(heads, latent, rope, page_size):
+    check(make_decode(geometry(heads, latent, rope), [page_size + 1, 70], page_size=page_size))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_rows_without_a_request(first):
+    """Captured graphs pad the queries: rows before the first start and behind the last are zeros and -inf."""
+    case = make_decode(geometry(), [40, 7], query_lens=[1, 2])
+    q_latent, q_rope, *rest = case.arrays
+    padded = [torch.full((8, *x.shape[1:]), torch.nan) for x in (q_latent, q_rope)]
+    for wide, x in zip(padded, (q_latent, q_rope), strict=True):
+        wide[first : first + 3] = x
+    options = case.options | {"query_start_B1": case.options["query_start_B1"] + first}
+    check(PagedCase(geometry=case.geometry, arrays=(*padded, *rest), options=options))
+
+
+def test_needs_no_workspace_and_only_cpu_tensors():
+    layout = CacheLayout(geometry=geometry(), format=format_of(torch.float32), page_size=16)
+    problem = Problem(layout=layout, dtype=torch.float32)
+    assert torch_decode.workspace(problem, Device("cpu"), max_requests=8) == ()
+    assert torch_decode.unsupported(problem, Device("cpu")) == []
+    assert torch_decode.unsupported(problem, Device("cuda", 90, "H200")) == ["runs on CPU tensors, got H200 sm_90"]
+
+
+def test_wrong_query_count_is_refused():
+    with pytest.raises(ValueError, match="2 requests of 3 query tokens need 6 queries, got 2"):
+        torch_decode.run(*make_decode(geometry(), [40, 7]).arrays, scale=1.0, query_len=3)
