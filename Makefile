@@ -24,6 +24,8 @@ RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
+WORKERS := 2
+
 .PHONY: help venv installed demo test test-gpu lint clean
 
 help:
@@ -64,10 +66,11 @@ demo: $(READY)
 
 # Kernels run in Triton's interpreter; the engine's tests choose for themselves.
 test: lint
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "not gpu" kernels/tests
-	$(RUN) -m pytest -q -m "not gpu" integration_tests
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(WORKERS) kernels/tests
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile integration_tests
 
 # Without the interpreter's switch, kernel tests take the GPU.
+# Kernel tests take the GPU that is there; of the engine's, only those made for one.
 test-gpu: $(READY)
 	$(RUN) -m pytest -q kernels/tests
 	$(RUN) -m pytest -q -m gpu integration_tests

@@ -8,7 +8,7 @@ build elsewhere. Exit status 0 only if tokens and log-probabilities agree and ev
 of ours.
 """
 
-import logging
+import contextlib
 import os
 import pathlib
 import sys
@@ -16,7 +16,6 @@ import time
 from importlib.metadata import version
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the calls of our kernels can be counted
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling vLLM's router helpers takes longer than the demo
 
 from rich.console import Console
@@ -34,15 +33,36 @@ FOLDER = pathlib.Path(os.environ.get("MLA_DEMO_FOLDER", "models/demo"))
 LOGPROB_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 OPERATIONS = ("cache_write", "prefill", "decode")
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+# A copy of standard output, because vLLM's own log goes to a file.
+console = Console(
+    file=os.fdopen(os.dup(1), "w", buffering=1), highlight=False, width=None if sys.stdout.isatty() else 130
+)
 
 
-def show_our_start_up_line() -> None:
-    """vLLM is asked to be quiet; the line that says which kernels run shall still be seen."""
-    logger = logging.getLogger("vllm.mla_backend")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
+@contextlib.contextmanager
+def output_to(path: pathlib.Path):
+    """Send what this process prints, in C++ too, to a file; show its end if something goes wrong."""
+    kept = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        console.print(path.read_text(errors="replace")[-4000:], markup=False)
+        raise
+    finally:
+        sys.stdout.flush()
+        for descriptor, original in enumerate(kept, start=1):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+def our_start_up_line(log: pathlib.Path) -> str:
+    """The line of vLLM's log in which this package says what runs and why."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "mla_backend 0" in line]
+    return lines[0].partition("] ")[2] if lines else "(this package said nothing in vLLM's log)"
 
 
 def step(text: str) -> None:
@@ -53,7 +73,6 @@ def serve(folder, prompts: list[list[int]], device: str):
     """Greedy continuations by vLLM: [(tokens, log-probabilities)]."""
     from vllm import LLM, SamplingParams
 
-    show_our_start_up_line()
     memory = {} if device == "cuda" else {"kv_cache_memory_bytes": 64 << 20}
     llm = LLM(
         model=str(folder),
@@ -106,14 +125,18 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, vLLM's CPU build"
     step(f"mla_backend {version('mla-backend')}, vLLM {version('vllm')}, torch {torch.__version__}, on {where}")
-    folder = make_checkpoint(FOLDER)
-    step(f"checkpoint with random weights: {FOLDER}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
-    expected = generate(folder, prompts, NEW_TOKENS)
-    step("transformers has answered; vLLM loads")
-    answers = serve(folder, prompts, device)
-    step("vLLM has answered")
+    log = FOLDER.with_name(FOLDER.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with console.status("transformers makes a checkpoint and answers ..."), output_to(log):
+        folder = make_checkpoint(FOLDER)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
+        expected = generate(folder, prompts, NEW_TOKENS)
+    step(f"checkpoint with random weights in {FOLDER}; transformers has answered {len(prompts)} prompts")
+    with console.status(f"vLLM loads and answers ... (its log: {log})"), output_to(log):
+        answers = serve(folder, prompts, device)
+    step(f"vLLM has answered (its log: {log})")
+    console.print(our_start_up_line(log), markup=False)
     same = compare(tokenizer, expected, answers, LOGPROB_TOLERANCE[device])
     ours = count_calls()
     if same and ours:

@@ -4,7 +4,6 @@ import functools
 import os
 
 import pytest
-import torch
 from harness import MAX_TOKENS, run_engine
 
 
@@ -45,10 +44,3 @@ def oracle():
 def engine(tmp_path):
     """run(model, rounds, ...) as harness.run_engine, in a folder of the test."""
     return functools.partial(run_engine, tmp_path)
-
-
-def pytest_collection_modifyitems(items) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -36,11 +36,12 @@ def test_start_up_line_says_what_runs_and_why(engine, checkpoints):
     run = engine(checkpoints(), [prompts((5,))], max_tokens=1)
     line = next(line for line in run.log.splitlines() if "mla_backend 0" in line)
     for part in (
-        "decode torch_decode (not triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu)",
-        "prefill torch_prefill",
-        "cache write torch_write",
+        "decode torch_decode, prefill torch_prefill, cache write torch_write",
+        "refused triton_splitkv, triton_ragged, triton_write, ",
+        "needs a GPU (or TRITON_INTERPRET=1), got cpu",
         "fp32 cache, 2304 bytes a token and layer",
         "4 heads, latent 512 + rope 64, nope 128, v 128",
+        "0.0 MiB of scratch for decode",
     ):
         assert part in line
     assert run.log.count("mla_backend 0") == 1, "said once, not for every layer"

@@ -1,10 +1,11 @@
 """The real engine on a GPU, with CUDA graphs: tokens of transformers, our kernels in decode and prefill."""
 
 import pytest
+import torch
 from harness import assert_same_answers, prompts
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 # vLLM's mixture-of-experts kernel multiplies float32 in TF32 (10 bits of mantissa), which is not ours to change.
 TF32_LOGPROBS = 5e-2

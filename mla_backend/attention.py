@@ -1,5 +1,6 @@
 """All attention work of an MLA layer, for any engine: kernels chosen once, then only called."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -40,14 +41,23 @@ class MLAAttention:
         CALLS[operation, self.chosen[operation].kernel.name] += 1
         return self._run[operation](*args, **kwargs)
 
-    def describe(self) -> str:
-        """One line: which kernels run, why better ones were refused, and what a token costs in the cache."""
+    def describe(self, *, max_requests: int) -> str:
+        """One line: which kernels run, why better ones were refused, and what cache and scratch cost."""
         layout = self.problem.layout
-        kernels = ", ".join(f"{name.replace('_', ' ')} {chosen}" for name, chosen in self.chosen.items())
+        kernels = ", ".join(f"{name.replace('_', ' ')} {one.kernel.name}" for name, one in self.chosen.items())
+        refused: dict[str, list[str]] = {}
+        for one in self.chosen.values():
+            for name, reasons in one.refused.items():
+                refused.setdefault(", ".join(reasons), []).append(name)
+        why_not = "".join(f"; refused {', '.join(names)}: {reason}" for reason, names in refused.items())
         return (
-            f"{kernels}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
-            f"{layout.row_bytes} bytes a token and layer, pages of {layout.page_size}"
+            f"{kernels}{why_not}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
+            f"{layout.row_bytes} bytes a token and layer, pages of {layout.page_size}; "
+            f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode"
         )
+
+    def _scratch_bytes(self, max_requests: int) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.decode_workspace(max_requests))
 
     def decode_workspace(self, max_requests: int):
         """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""

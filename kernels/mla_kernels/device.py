@@ -68,9 +68,9 @@ def cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        return Device("hip", arch, properties.name, properties.multi_processor_count)
+        return Device("hip", arch, properties.name, properties.multi_processor_count, interpreting())
     arch = properties.major * 10 + properties.minor
-    return Device("cuda", arch, properties.name, properties.multi_processor_count)
+    return Device("cuda", arch, properties.name, properties.multi_processor_count, interpreting())
 
 
 def device_of(where: torch.device | torch.Tensor | str) -> Device:

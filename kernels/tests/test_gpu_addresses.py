@@ -6,7 +6,7 @@ import torch
 from mla_kernels import OPERATIONS, MLAGeometry
 from mla_kernels.testing import make_decode, make_prefill
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 GEOMETRY = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 FAR = 2**31 + 2**28  # elements

@@ -20,10 +20,10 @@ logger = init_logger("vllm.mla_backend")
 
 
 @cache
-def _attention(problem: Problem, device, scale: float) -> MLAAttention:
+def _attention(problem: Problem, device, scale: float, max_requests: int) -> MLAAttention:
     """One object for all layers that ask the same of the same device: kernels are chosen and announced once."""
     attention = MLAAttention(problem, device, MLABackendConfig.from_environment(), scale=scale)
-    logger.info("mla_backend %s: %s", version("mla-backend"), attention.describe())
+    logger.info("mla_backend %s: %s", version("mla-backend"), attention.describe(max_requests=max_requests))
     return attention
 
 
@@ -52,8 +52,9 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             geometry=geometry,
         )
         device = device_of(vllm_config.device_config.device)
-        self.attention = _attention(problem, device, self.scale)
-        self._scratch_shapes = self.attention.decode_workspace(vllm_config.scheduler_config.max_num_seqs)
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        self.attention = _attention(problem, device, self.scale, max_requests)
+        self._scratch_shapes = self.attention.decode_workspace(max_requests)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self._own_prefill = _claim_prefill(vllm_config.attention_config)
 

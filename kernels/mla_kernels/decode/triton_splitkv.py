@@ -164,9 +164,9 @@ def _splitkv_kernel(
         acc = dot(weight.to(k_latent.dtype), k_latent, acc * rescale[:, None])
         top = new_top
 
-    saw = total > 0
-    acc = acc / tl.where(saw, total, 1.0)[:, None]
-    lse = tl.where(saw, top + tl.log2(total), -float("inf"))
+    total = tl.where(total > 0, total, 1.0)  # a row that has seen nothing: 0 / 1, and its top is -inf
+    acc = acc / total[:, None]
+    lse = top + tl.log2(total)
     if pieces == 1:
         at_out = (q_token * stride_out_t + head * stride_out_n)[:, None] + c[None, :]
         tl.store(out_ptr + at_out, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
@@ -226,12 +226,12 @@ def _merge_kernel(
         acc = acc * rescale + tl.sum(part * weight[:, None], 0)
         top = new_top
 
-    out = acc / tl.where(total > 0, total, 1.0)
+    total = tl.where(total > 0, total, 1.0)
+    out = acc / total
     token, head = (first_token + row // N).to(tl.int64), row % N
     tl.store(out_ptr + token * stride_out_t + head * stride_out_n + c, out.to(out_ptr.dtype.element_ty))
     if column == 0:
-        lse = tl.where(total > 0, (top + tl.log2(total)) * LN_2, -float("inf"))
-        tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, lse)
+        tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, (top + tl.log2(total)) * LN_2)
 
 
 class Tile(NamedTuple):

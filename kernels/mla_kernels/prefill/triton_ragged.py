@@ -54,7 +54,7 @@ def _fold(
     k_nope_ptr += tl.cast(first, tl.int64) * stride_nope
     k_rope_ptr += tl.cast(first, tl.int64) * stride_rope
     v_ptr += tl.cast(first, tl.int64) * stride_v
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)  # offsets within a block fit in 32 bits; the pointers to its first row move in 64
     for start in tl.range(first, last, BLOCK_K):
         here = last - start
         score_MK = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)

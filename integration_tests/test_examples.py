@@ -1,0 +1,125 @@
+"""Every file of examples/ as a user runs it: it ends with status 0 and shows what it is there to show."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+PROMPT = "Attention lets every token"  # the one that vllm_serve.sh asks
+SMALL = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(64 << 20))
+
+
+def run(example: str, *arguments, cwd, fails=False, **environment) -> str:
+    """What an example prints, run in a folder of the test with this Python's programs in front."""
+    quick = {"TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}  # compiling helpers takes longer than their work
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [*([sys.executable] if example.endswith(".py") else []), str(EXAMPLES / example), *map(str, arguments)],
+        env={**os.environ, "PATH": path, **quick, **environment},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    return checkpoints()
+
+
+@pytest.fixture(scope="module")
+def answer(model, oracle):
+    """How transformers continues PROMPT."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return tokenizer.decode(oracle(model, [tokenizer(PROMPT)["input_ids"]], 24)[0].tokens)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_all_are_listed_and_tested():
+    readme, tests = (EXAMPLES / "README.md").read_text(), pathlib.Path(__file__).read_text()
+    for path in EXAMPLES.iterdir():
+        if path.suffix in (".py", ".sh"):
+            assert f"| `{path.name}` |" in readme
+            assert f'run("{path.name}"' in tests
+
+
+def test_demo(tmp_path):
+    pytest.importorskip("vllm")
+    pytest.importorskip("rich")
+    shown = run("demo.py", cwd=tmp_path, MLA_DEMO_FOLDER=str(tmp_path / "model"))
+    assert "equal: tokens and log-probabilities as transformers', attention by our kernels" in shown
+    assert shown.count("24 of 24") == 4
+    for operation in ("cache write", "prefill", "decode"):
+        assert re.search(rf"{operation}\W+(torch|triton)_\w+\W+[1-9]", shown), shown
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given-model", "own-model"])
+def test_offline(tmp_path, model, given):
+    pytest.importorskip("vllm")
+    arguments = (model, PROMPT) if given else ()
+    shown = run("vllm_offline.py", *arguments, cwd=tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert "mla_backend 0" in shown
+    assert len(re.findall(r"' -> '.+'$", shown, re.MULTILINE)) == (1 if given else 3)
+    assert f"{PROMPT!r} -> '" in shown
+    assert (tmp_path / "models/tiny").exists() != given
+
+
+def test_serve(tmp_path, model, answer):
+    pytest.importorskip("vllm")
+    port = free_port()
+    shown = run("vllm_serve.sh", model, "--dtype", "float32", *SMALL, cwd=tmp_path, PORT=str(port))
+    reply = json.loads(next(line for line in shown.splitlines() if line.startswith('{"id"')))
+    assert reply["choices"][0]["text"] == answer
+    assert "mla_backend 0" in shown
+    assert shown.endswith("The server has stopped.\n")
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_serve_says_that_the_server_did_not_start(tmp_path, model):
+    pytest.importorskip("vllm")
+    shown = run("vllm_serve.sh", model, "--no-such-option", cwd=tmp_path, fails=True, PORT=str(free_port()))
+    assert "unrecognized arguments: --no-such-option" in shown
+    assert shown.endswith("The server ended before it was ready; the reason stands above.\n")
+    assert "usage: examples/vllm_serve.sh MODEL" in run("vllm_serve.sh", cwd=tmp_path, fails=True)
+
+
+def test_kernels_without_an_engine(tmp_path):
+    shown = run("decode_kernel_only.py", cwd=tmp_path, TRITON_INTERPRET="0")
+    assert "equal to the reference" in shown
+    table = {row[0]: row[1:] for row in map(str.split, shown.splitlines()) if len(row) == 4}
+    # DeepSeek-V3: 512 + 64 values of 2 bytes a token and layer, or 128, 8 or 1 heads of 192 + 128; 61 layers.
+    assert table["MLA"] == ["1,152", "70,272", "15,232"]
+    assert table["MHA"] == ["81,920", "4,997,120", "214"]
+    assert table["GQA-8"][0] == "5,120"
+    assert table["MQA"][0] == "640"
+    assert "still grows linearly" in shown
+
+
+def test_tiny_checkpoint(tmp_path):
+    shown = run("tiny_checkpoint.py", "models/v3", "--arch", "v3", "--q-lora-rank", "96", cwd=tmp_path)
+    assert shown.strip().endswith(str(tmp_path / "models/v3"))
+    config = json.loads((tmp_path / "models/v3/config.json").read_text())
+    assert (config["model_type"], config["q_lora_rank"]) == ("deepseek_v3", 96)
+
+
+def test_transformers_oracle(tmp_path, model, answer):
+    shown = run("transformers_oracle.py", model, PROMPT, "--device", "cpu", cwd=tmp_path)
+    assert f"{PROMPT!r} -> {answer!r}" in shown
