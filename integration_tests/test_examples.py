@@ -70,15 +70,12 @@ def test_demo(tmp_path):
         assert re.search(rf"{operation}\W+(torch|triton)_\w+\W+[1-9]", shown), shown
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["given-model", "own-model"])
-def test_offline(tmp_path, model, given):
+def test_offline(tmp_path):
     pytest.importorskip("vllm")
-    arguments = (model, PROMPT) if given else ()
-    shown = run("vllm_offline.py", *arguments, cwd=tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    shown = run("vllm_offline.py", cwd=tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert "mla_backend 0" in shown
-    assert len(re.findall(r"' -> '.+'$", shown, re.MULTILINE)) == (1 if given else 3)
-    assert f"{PROMPT!r} -> '" in shown
-    assert (tmp_path / "models/tiny").exists() != given
+    assert len(re.findall(r"' -> '.+'$", shown, re.MULTILINE)) == 3
+    assert (tmp_path / "models/tiny/config.json").exists()
 
 
 def test_serve(tmp_path, model, answer):
@@ -88,16 +85,19 @@ def test_serve(tmp_path, model, answer):
     reply = json.loads(next(line for line in shown.splitlines() if line.startswith('{"id"')))
     assert reply["choices"][0]["text"] == answer
     assert "mla_backend 0" in shown
-    assert shown.endswith("The server has stopped.\n")
+    assert "The server has stopped.\n" in shown
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_serve_says_that_the_server_did_not_start(tmp_path, model):
-    pytest.importorskip("vllm")
-    shown = run("vllm_serve.sh", model, "--no-such-option", cwd=tmp_path, fails=True, PORT=str(free_port()))
-    assert "unrecognized arguments: --no-such-option" in shown
-    assert shown.endswith("The server ended before it was ready; the reason stands above.\n")
+def test_serve_says_that_the_server_did_not_start(tmp_path):
+    """Played by a `vllm` that ends at once."""
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+    (tmp_path / "vllm").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    shown = run("vllm_serve.sh", "m", "--seed", "1", cwd=tmp_path, fails=True, PORT=str(free_port()), PATH=path)
+    assert shown.startswith("serve m --attention-backend CUSTOM")
+    assert "--seed 1\nThe server ended before it was ready" in shown
     assert "usage: examples/vllm_serve.sh MODEL" in run("vllm_serve.sh", cwd=tmp_path, fails=True)
 
 

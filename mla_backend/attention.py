@@ -52,7 +52,7 @@ class MLAAttention:
         why_not = "".join(f"; refused {', '.join(names)}: {reason}" for reason, names in refused.items())
         return (
             f"{kernels}{why_not}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
-            f"{layout.row_bytes} bytes a token and layer, pages of {layout.page_size}; "
+            f"{layout.row_bytes} bytes a token and layer; "
             f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode"
         )
 
