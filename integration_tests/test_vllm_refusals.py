@@ -66,6 +66,11 @@ def test_fp8_cache_is_refused_for_now(engine, checkpoints):
     assert "got --kv-cache-dtype fp8; leave the option out" in failed.log
 
 
+def test_odd_block_size(engine, checkpoints):
+    failed = engine(checkpoints(), [PROMPT], fails=True, block_size=24)
+    assert "needs a --block-size that is a multiple of 16, got 24" in failed.log
+
+
 def test_disabled_is_as_if_not_installed(engine, checkpoints):
     """Without us, vLLM's CPU platform passes over the flag and says so; on a GPU it would refuse an empty slot."""
     run = engine(checkpoints(), [PROMPT], env={"MLA_BACKEND_DISABLE": "1"}, max_tokens=2)

@@ -129,3 +129,19 @@ def test_cpu_target_variable_is_explained():
     """VLLM_TARGET_DEVICE=cpu makes vLLM pass over platform plugins; the user must hear why the flag does nothing."""
     out = python("import mla_backend; mla_backend.register_vllm()", VLLM_TARGET_DEVICE="cpu")
     assert "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins" in out
+
+
+def test_a_layer_that_asks_for_more_is_refused():
+    """vLLM's base class takes these arguments and passes over them; served so, the model would answer wrongly."""
+    out = python(
+        """
+        from mla_backend.vllm_adapter.impl import _refuse_unknown_features
+        _refuse_unknown_features(attn_type="decoder", sliding_window=None, num_heads=4)
+        try:
+            _refuse_unknown_features(attn_type="encoder", sliding_window=128, logits_soft_cap=30.0)
+        except NotImplementedError as error:
+            print(error)
+        """
+    )
+    for part in ("no sliding_window, got 128", "no logits_soft_cap, got 30.0", "attn_type decoder, got encoder"):
+        assert part in out

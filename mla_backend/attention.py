@@ -1,6 +1,5 @@
 """All attention work of an MLA layer, for any engine: kernels chosen once, then only called."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import torch
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.steps import DecodeStep, PrefillStep
-from mla_kernels import Device, Problem, Selection, select
+from mla_kernels import Device, Problem, Selection, select, tensor_bytes
 
 # Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
 CALLS: Counter[tuple[str, str]] = Counter()
@@ -57,7 +56,7 @@ class MLAAttention:
         )
 
     def _scratch_bytes(self, max_requests: int) -> int:
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.decode_workspace(max_requests))
+        return sum(tensor_bytes(shape, dtype) for shape, dtype in self.decode_workspace(max_requests))
 
     def decode_workspace(self, max_requests: int):
         """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""

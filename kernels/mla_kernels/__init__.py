@@ -6,6 +6,7 @@ from mla_kernels.cache_layout import (
     CacheLayout,
     expanded_bytes_per_token,
     format_of,
+    tensor_bytes,
 )
 from mla_kernels.device import Device, device_of
 from mla_kernels.dispatch import OPERATIONS, Kernel, Problem, Selection, UnsupportedMLA, select
@@ -26,4 +27,5 @@ __all__ = [
     "expanded_bytes_per_token",
     "format_of",
     "select",
+    "tensor_bytes",
 ]

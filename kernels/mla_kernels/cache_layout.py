@@ -7,6 +7,7 @@ apart, which may be more than a page when an engine interleaves layers.
 MLA makes a row small, not constant: the cache still grows linearly with the number of tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,3 +112,8 @@ def expanded_bytes_per_token(geometry: MLAGeometry, dtype: torch.dtype, *, kv_he
     if not 1 <= heads <= geometry.num_heads:
         raise ValueError(f"kv_heads must be 1 to {geometry.num_heads} (the query heads), got {heads}")
     return heads * (geometry.qk_head_dim + geometry.v_head_dim) * dtype.itemsize
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * dtype.itemsize

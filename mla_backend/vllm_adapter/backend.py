@@ -12,6 +12,7 @@ from mla_backend.models import geometry_of, sparse_model
 from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of, select
 
 NAME = "CUSTOM"
+PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
 _PREFERRED_PAGE = 64  # a decode tile then lies in one page
 
 
@@ -56,6 +57,8 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         size = vllm_config.parallel_config.decode_context_parallel_size
         reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
+    if page_size is not None and page_size % PAGE_MULTIPLE:
+        reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
         problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=page_size)
     except ValueError as error:
@@ -98,7 +101,7 @@ class MLABackend(MLACommonBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        return [MultipleOf(PAGE_MULTIPLE)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

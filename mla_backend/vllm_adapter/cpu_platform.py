@@ -1,8 +1,11 @@
 """vLLM's CPU platform, except that it honours `--attention-backend CUSTOM` for MLA models."""
 
+from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from mla_backend.vllm_adapter import compat
+
+logger = init_logger("vllm.mla_backend")
 
 _DEFAULT_PAGE = 64
 
@@ -41,4 +44,8 @@ class MLACpuPlatform(CpuPlatform):
             return
         cache.block_size, cache.enable_prefix_caching, scheduler.enable_chunked_prefill, tokens = kept
         scheduler.max_num_batched_tokens = tokens
+        logger.info_once(
+            "mla_backend serves this model: chunked prefill and prefix caching stay as you set them, and prefill is done by "
+            "mla_backend, whatever vLLM's own lines about MLA on a CPU say."
+        )
         compat.disable_broken_cpu_rotary_op(vllm_config.compilation_config)

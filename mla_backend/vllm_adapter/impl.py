@@ -1,5 +1,6 @@
 """One MLA layer in vLLM: translate the call, hand over to `MLAAttention`."""
 
+import inspect
 from functools import cache
 from importlib.metadata import version
 
@@ -36,6 +37,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        _refuse_unknown_features(**inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         self.supports_quant_query_input = False  # our decode takes queries in the model's dtype
         vllm_config = get_current_vllm_config()
         geometry = MLAGeometry(
@@ -98,6 +100,18 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def _up_project(self, latent_SL: torch.Tensor) -> torch.Tensor:
         expanded = self.kv_b_proj(latent_SL)[0]
         return expanded.view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
+
+
+def _refuse_unknown_features(*, attn_type: str = "decoder", **arguments) -> None:
+    """Raise NotImplementedError for what vLLM may ask of a layer and we would otherwise silently leave out."""
+    asked = {name: arguments.get(name) for name in ("alibi_slopes", "sliding_window", "logits_soft_cap")}
+    reasons = [f"no {name}, got {value}" for name, value in asked.items() if value]
+    if attn_type != "decoder":
+        reasons.append(f"attn_type decoder, got {attn_type}")
+    if reasons:
+        raise NotImplementedError(
+            f"mla_backend cannot serve this layer; it needs {'; '.join(reasons)}. Leave out --attention-backend CUSTOM."
+        )
 
 
 def _claim_prefill(attention_config) -> bool:

@@ -326,7 +326,7 @@ def run(
         out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
     if lse_TN is None:
         lse_TN = q_latent_TNL.new_full((T, N), -torch.inf, dtype=torch.float32)
-    if B == 0:
+    if B == 0 or T == 0:
         return out_TNL, lse_TN
 
     sizes = (query_len * N, cache_AGK.shape[2], cache_AGK.element_size(), device)
