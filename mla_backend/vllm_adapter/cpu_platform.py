@@ -45,7 +45,7 @@ class MLACpuPlatform(CpuPlatform):
         cache.block_size, cache.enable_prefix_caching, scheduler.enable_chunked_prefill, tokens = kept
         scheduler.max_num_batched_tokens = tokens
         logger.info_once(
-            "mla_backend serves this model: chunked prefill and prefix caching stay as you set them, and prefill is done by "
-            "mla_backend, whatever vLLM's own lines about MLA on a CPU say."
+            "mla_backend serves this model: chunked prefill and prefix caching stay as you set them, and prefill "
+            "is done by mla_backend, whatever vLLM's own lines about MLA on a CPU say."
         )
         compat.disable_broken_cpu_rotary_op(vllm_config.compilation_config)
