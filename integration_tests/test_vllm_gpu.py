@@ -9,8 +9,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 # vLLM's mixture-of-experts kernel multiplies float32 in TF32 (10 bits of mantissa), which is not ours to change.
 TF32_LOGPROBS = 5e-2
-# bfloat16 keeps 8 bits: two logits of size 8 to 16 that are closer than two of its steps may change places.
-BF16_NEAR_TIE = 0.125
+# In bfloat16 transformers itself moves log-probabilities of these checkpoints by up to 0.27 against its float32; where
+# the two best logits are closer than that, the next token is a matter of rounding.
+BF16_NEAR_TIE = 0.27
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
