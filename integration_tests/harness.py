@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,15 @@ def prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
     """Random token ids, one prompt of each length."""
     rng = random.Random(seed)
     return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
+
+
+def changed(folder, tmp_path, **config):
+    """A copy of a checkpoint with other fields in config.json."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return copy
 
 
 def kernels_env(kind: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 float32."""
 
 import pytest
-from harness import assert_same_answers, prompts
+from harness import assert_same_answers, changed, prompts
 
 pytest.importorskip("vllm")
 
@@ -30,6 +30,15 @@ def test_uneven_batch(engine, checkpoints, oracle, shape):
     run = engine(folder, [prompts()])
     assert_same_answers(run.rounds[0], oracle(folder, prompts()))
     ran(run, "decode", "prefill", "cache_write")
+
+
+@pytest.mark.parametrize("custom_ops", [[], ["none"]], ids=["default", "none"])
+def test_plain_rotary_embedding(engine, checkpoints, oracle, tmp_path, custom_ops):
+    """Rotary embedding without YaRN goes through an op that vLLM's CPU build gets wrong, unless it is switched off."""
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    folder = changed(checkpoints(), tmp_path, rope_parameters=plain)
+    run = engine(folder, [prompts((2, 33, 131))], compilation_config={"custom_ops": custom_ops})
+    assert_same_answers(run.rounds[0], oracle(folder, prompts((2, 33, 131))))
 
 
 def test_start_up_line_says_what_runs_and_why(engine, checkpoints):

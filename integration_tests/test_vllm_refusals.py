@@ -1,23 +1,12 @@
 """What a user sees who asks for something that we cannot do: every reason, what to change, and a vLLM that still
 works."""
 
-import json
-import shutil
-
 import pytest
+from harness import changed
 
 pytest.importorskip("vllm")
 
 PROMPT = [[5, 6, 7, 8]]
-
-
-def changed(folder, tmp_path, **config):
-    """A copy of a checkpoint with other fields in config.json."""
-    copy = tmp_path / "changed"
-    shutil.copytree(folder, copy)
-    path = copy / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return copy
 
 
 def test_a_model_without_mla(engine, tmp_path):

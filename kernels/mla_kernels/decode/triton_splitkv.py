@@ -2,10 +2,10 @@
 
 All query tokens and heads of a request are rows of one tile, so its cache is read once a request; values are the
 latent part of the key tile already loaded. Requests are cut into pieces of nearly equal length from the sequence
-lengths *on the device*, so a captured graph adapts to every batch, and scratch depends on the GPU, not on batch or
-context size:
-  1. each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
-  request was cut; 2. each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
+lengths *on the device*: a captured graph adapts to every batch, and scratch depends on the GPU alone.
+  1. Each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
+     request was cut.
+  2. Each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
 """
 
 from typing import NamedTuple
@@ -61,43 +61,13 @@ def _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD: tl.constexpr, BLOCK_
 
 @triton.jit
 def _splitkv_kernel(
-    q_latent_ptr,
-    q_rope_ptr,
-    cache_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    query_start_ptr,
-    out_ptr,
-    lse_ptr,
-    part_ptr,
-    part_lse_ptr,
-    plan_ptr,
-    scale_log2,
-    query_len,
-    batch,
-    pieces_wanted,
-    stride_ql_t,
-    stride_ql_n,
-    stride_qr_t,
-    stride_qr_n,
-    stride_page,
-    stride_token,
-    stride_table,
-    stride_out_t,
-    stride_out_n,
-    stride_lse_t,
-    stride_lse_n,
-    N: tl.constexpr,
-    L: tl.constexpr,
-    R: tl.constexpr,
-    R_PAD: tl.constexpr,
-    PAGE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    B_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr, lse_ptr,
+    part_ptr, part_lse_ptr, plan_ptr, scale_log2, query_len, batch, pieces_wanted,
+    stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n, stride_page, stride_token, stride_table,
+    stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
+    N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
+    RAGGED: tl.constexpr, B_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     item, row_tile = tl.program_id(1), tl.program_id(0)
     request, seq_len, piece, pieces, slot, exists = _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD, BLOCK_T)
     if not exists:
@@ -115,7 +85,7 @@ def _splitkv_kernel(
         return
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, head = row // N, row % N
+    token, head = row // N, (row % N).to(tl.int64)
     real = token < tokens
     sees = seq_len - tokens + token  # position of the query itself: the last key it may see
     c, r, t = tl.arange(0, L), tl.arange(0, R_PAD), tl.arange(0, BLOCK_T)
@@ -179,24 +149,10 @@ def _splitkv_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out_ptr,
-    lse_ptr,
-    part_ptr,
-    part_lse_ptr,
-    plan_ptr,
-    query_start_ptr,
-    query_len,
-    rows_per_slot,
-    stride_out_t,
-    stride_out_n,
-    stride_lse_t,
-    stride_lse_n,
-    N: tl.constexpr,
-    L: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, plan_ptr, query_start_ptr, query_len, rows_per_slot,
+    stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
+    N: tl.constexpr, L: tl.constexpr, RAGGED: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row, request, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pieces, slot = tl.load(plan_ptr + request * 2), tl.load(plan_ptr + request * 2 + 1)
     if RAGGED:
@@ -228,7 +184,7 @@ def _merge_kernel(
 
     total = tl.where(total > 0, total, 1.0)
     out = acc / total
-    token, head = (first_token + row // N).to(tl.int64), row % N
+    token, head = (first_token + row // N).to(tl.int64), (row % N).to(tl.int64)
     tl.store(out_ptr + token * stride_out_t + head * stride_out_n + c, out.to(out_ptr.dtype.element_ty))
     if column == 0:
         tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, (top + tl.log2(total)) * LN_2)
