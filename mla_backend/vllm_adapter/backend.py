@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import MultipleOf
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import geometry_of, sparse_model
-from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of, select
+from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
 NAME = "CUSTOM"
 PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
@@ -25,6 +25,17 @@ def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torc
             f"mla_backend stores the cache as {wanted}, got --kv-cache-dtype {kv_cache_dtype}; leave the option out"
         )
     return own[kv_cache_dtype]
+
+
+def layer_geometry(layer) -> MLAGeometry:
+    """Geometry of one layer on one rank, from the attributes that vLLM gives its impl and its prefill backend."""
+    return MLAGeometry(
+        num_heads=layer.num_heads,
+        kv_lora_rank=layer.kv_lora_rank,
+        qk_nope_head_dim=layer.qk_nope_head_dim,
+        qk_rope_head_dim=layer.qk_rope_head_dim,
+        v_head_dim=layer.v_head_dim,
+    )
 
 
 def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = None, geometry=None) -> Problem:

@@ -13,9 +13,9 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
-from mla_backend.vllm_adapter.backend import NAME, make_problem
+from mla_backend.vllm_adapter.backend import NAME, layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
-from mla_kernels import MLAGeometry, Problem, device_of
+from mla_kernels import Problem, device_of
 
 logger = init_logger("vllm.mla_backend")
 
@@ -40,18 +40,11 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         _refuse_unknown_features(**inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         self.supports_quant_query_input = False  # our decode takes queries in the model's dtype
         vllm_config = get_current_vllm_config()
-        geometry = MLAGeometry(
-            num_heads=self.num_heads,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_nope_head_dim=self.qk_nope_head_dim,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-            v_head_dim=self.v_head_dim,
-        )
         problem = make_problem(
             vllm_config,
             dtype=torch.get_default_dtype(),
             kv_cache_dtype=self.kv_cache_dtype,
-            geometry=geometry,
+            geometry=layer_geometry(self),
         )
         device = device_of(vllm_config.device_config.device)
         max_requests = vllm_config.scheduler_config.max_num_seqs

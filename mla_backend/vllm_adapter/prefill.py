@@ -1,6 +1,8 @@
 """Our prefill as a vLLM prefill backend: for `-ac.mla_prefill_backend CUSTOM`, and for layers that call one
 directly."""
 
+from typing import ClassVar
+
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
@@ -9,7 +11,7 @@ from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.models import geometry_of
 from mla_backend.vllm_adapter import compat
-from mla_backend.vllm_adapter.backend import NAME
+from mla_backend.vllm_adapter.backend import NAME, layer_geometry
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
 
@@ -21,7 +23,7 @@ def _problem(geometry: MLAGeometry, dtype: torch.dtype) -> Problem:
 class MLAPrefill(MLAPrefillBackend):
     """Causal attention among new tokens and full attention over a context chunk, on concatenated keys."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012 (the parent's form)
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:
@@ -41,15 +43,8 @@ class MLAPrefill(MLAPrefillBackend):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        geometry = MLAGeometry(
-            num_heads=self.num_heads,
-            kv_lora_rank=self.kv_lora_rank,
-            qk_nope_head_dim=self.qk_nope_head_dim,
-            qk_rope_head_dim=self.qk_rope_head_dim,
-            v_head_dim=self.v_head_dim,
-        )
         self._attention = MLAAttention(
-            _problem(geometry, self.vllm_config.model_config.dtype),
+            _problem(layer_geometry(self), self.vllm_config.model_config.dtype),
             device_of(self.vllm_config.device_config.device),
             MLABackendConfig.from_environment(),
             scale=self.scale,

@@ -60,6 +60,18 @@ def _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
+    """First query token of a request, and how many it has."""
+    if RAGGED:
+        first = tl.load(query_start_ptr + request)
+        tokens = tl.load(query_start_ptr + request + 1) - first
+    else:
+        first = request * query_len
+        tokens = query_len
+    return first, tokens
+
+
+@triton.jit
 def _splitkv_kernel(
     q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr, lse_ptr,
     part_ptr, part_lse_ptr, plan_ptr, scale_log2, query_len, batch, pieces_wanted,
@@ -72,12 +84,7 @@ def _splitkv_kernel(
     request, seq_len, piece, pieces, slot, exists = _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD, BLOCK_T)
     if not exists:
         return
-    if RAGGED:
-        first_token = tl.load(query_start_ptr + request)
-        tokens = tl.load(query_start_ptr + request + 1) - first_token
-    else:
-        first_token = request * query_len
-        tokens = query_len
+    first_token, tokens = _query_tokens(query_start_ptr, request, query_len, RAGGED)
     if (piece == 0) & (row_tile == 0):
         tl.store(plan_ptr + request * 2, pieces)
         tl.store(plan_ptr + request * 2 + 1, slot)
@@ -155,12 +162,7 @@ def _merge_kernel(
 ):  # fmt: skip
     row, request, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pieces, slot = tl.load(plan_ptr + request * 2), tl.load(plan_ptr + request * 2 + 1)
-    if RAGGED:
-        first_token = tl.load(query_start_ptr + request)
-        tokens = tl.load(query_start_ptr + request + 1) - first_token
-    else:
-        first_token = request * query_len
-        tokens = query_len
+    first_token, tokens = _query_tokens(query_start_ptr, request, query_len, RAGGED)
     if (pieces == 1) | (row >= tokens * N):
         return
 
