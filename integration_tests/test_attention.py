@@ -1,0 +1,146 @@
+"""`MLAAttention` without an engine: prefill over cached context gives what one pass over the whole sequence gives.
+
+The context comes in the two forms in which vLLM plans it: rectangular arrays until 0.27, packed chunks since 0.28.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla_backend.attention import MLAAttention
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.steps import DecodeStep, PrefillStep
+from mla_backend.vllm_adapter import compat
+from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of, reference
+from mla_kernels.testing import TOLERANCE, assert_matches, make_pool
+
+GEOMETRY = MLAGeometry(num_heads=3, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=48)
+PAGE_SIZE = 16
+CONTEXT, NEW = [0, 70, 33], [5, 3, 20]
+
+
+def attention(operations=OPERATIONS) -> MLAAttention:
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(torch.float32), page_size=PAGE_SIZE)
+    problem = Problem(layout=layout, dtype=torch.float32, max_query_len=max(NEW))
+    scale = GEOMETRY.softmax_scale
+    return MLAAttention(problem, Device("cpu"), MLABackendConfig(), scale=scale, operations=operations)
+
+
+def starts(lens) -> torch.Tensor:
+    return torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+
+
+class Batch:
+    """Three requests with cached context (one without), and what attention over their whole sequences gives."""
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        width = GEOMETRY.qk_nope_head_dim + GEOMETRY.v_head_dim
+        self.up = torch.randn(GEOMETRY.kv_lora_rank, GEOMETRY.num_heads * width, generator=g) * 0.1
+        self.rows = [torch.randn(c + n, GEOMETRY.latent_dim, generator=g) for c, n in zip(CONTEXT, NEW, strict=True)]
+        self.cache, self.table = make_pool(self.rows, GEOMETRY.latent_dim, page_size=PAGE_SIZE, generator=g)
+        self.q = torch.randn(sum(NEW), GEOMETRY.num_heads, GEOMETRY.qk_head_dim, generator=g)
+        new = torch.cat([rows[c:] for rows, c in zip(self.rows, CONTEXT, strict=True)])
+        self.latent, self.rope = new.split([GEOMETRY.kv_lora_rank, GEOMETRY.qk_rope_head_dim], -1)
+
+    def up_project(self, latent):
+        return (latent @ self.up.to(latent.dtype)).view(len(latent), GEOMETRY.num_heads, -1)
+
+    def expected(self):
+        rows = torch.cat(self.rows).double()
+        latent, rope = rows.split([GEOMETRY.kv_lora_rank, GEOMETRY.qk_rope_head_dim], -1)
+        k_nope, v = self.up_project(latent).split([GEOMETRY.qk_nope_head_dim, GEOMETRY.v_head_dim], -1)
+        rope = rope[:, None].expand(-1, GEOMETRY.num_heads, -1)
+        lens = [len(rows) for rows in self.rows]
+        out, _ = reference.prefill(
+            *(self.q.double(), k_nope, rope, v, starts(NEW), starts(lens)),
+            max_query_len=max(NEW),
+            scale=GEOMETRY.softmax_scale,
+            causal=True,
+        )
+        return out
+
+
+def rectangular(longest: int) -> SimpleNamespace:
+    """As vLLM 0.26 plans it: chunk i holds up to `longest` context tokens of every request from i * longest on."""
+    first = [longest * i for i in range(-(-max(CONTEXT) // longest))]
+    lens = [[min(max(c - f, 0), longest) for c in CONTEXT] for f in first]
+    return SimpleNamespace(
+        cu_seq_lens=torch.stack([starts(row) for row in lens]),
+        starts=torch.tensor([[f] * len(CONTEXT) for f in first], dtype=torch.int32),
+        seq_tot=[sum(row) for row in lens],
+        max_seq_lens=[max(row) for row in lens],
+        workspace=torch.full((longest * len(CONTEXT), GEOMETRY.latent_dim), torch.nan),
+    )
+
+
+def packed() -> SimpleNamespace:
+    """As vLLM 0.28 plans it with room for 64 rows: request 1 begins; its rest and request 2; request 0 has none."""
+
+    def chunk(requests, tokens, first, lens):
+        return SimpleNamespace(
+            request_slice=requests,
+            token_slice=tokens,
+            query_start_loc=starts(NEW[requests]),
+            max_query_len=max(NEW[requests]),
+            starts=torch.tensor(first, dtype=torch.int32),
+            cu_seq_lens=starts(lens),
+            max_seq_len=max(lens),
+            num_context_tokens=sum(lens),
+        )
+
+    chunks = [
+        chunk(slice(1, 2), slice(5, 8), [0], [64]),
+        chunk(slice(1, 3), slice(5, 28), [64, 0], [6, 33]),
+    ]
+    return SimpleNamespace(chunks=chunks, workspace=torch.full((64, GEOMETRY.latent_dim), torch.nan))
+
+
+@pytest.mark.parametrize("context", [rectangular(32), rectangular(128), packed()], ids=["0.26", "0.26-one", "0.28"])
+def test_prefill_over_cached_context(context):
+    batch = Batch()
+    prefill = SimpleNamespace(chunked_context=context, query_start_loc=starts(NEW), max_query_len=max(NEW))
+    step = PrefillStep(
+        query_start_B1=starts(NEW),
+        max_query_len=max(NEW),
+        block_table_BM=batch.table,
+        chunks=compat.context_chunks(prefill),
+        gather_buffer_SK=context.workspace,
+    )
+    out = torch.full((sum(NEW), GEOMETRY.num_heads, GEOMETRY.v_head_dim), torch.nan)
+    attention().prefill(batch.q, batch.latent, batch.rope, batch.cache, step, up_project=batch.up_project, out_TNV=out)
+    assert_matches("out", out, batch.expected(), TOLERANCE[torch.float32])
+
+
+def test_absorbed_decode_equals_expanded_prefill():
+    """The same new tokens through decode, ragged, with the projections moved to query and output."""
+    batch = Batch()
+    w_k, w_v = (
+        w.transpose(0, 1)
+        for w in batch.up.view(GEOMETRY.kv_lora_rank, GEOMETRY.num_heads, -1).split(
+            [GEOMETRY.qk_nope_head_dim, GEOMETRY.v_head_dim], -1
+        )
+    )
+    q_nope, q_rope = batch.q.split([GEOMETRY.qk_nope_head_dim, GEOMETRY.qk_rope_head_dim], -1)
+    step = DecodeStep(
+        block_table_BM=batch.table,
+        seq_lens_B=torch.tensor([len(rows) for rows in batch.rows], dtype=torch.int32),
+        query_len=max(NEW),
+        query_start_B1=starts(NEW),
+    )
+    latent_out, _ = attention().decode(torch.einsum("tnp,nlp->tnl", q_nope, w_k), q_rope, batch.cache, step)
+    out = torch.einsum("tnl,nlv->tnv", latent_out, w_v)
+    assert_matches("out", out, batch.expected(), TOLERANCE[torch.float32])
+
+
+def test_write_then_read():
+    batch = Batch()
+    cache = torch.full_like(batch.cache, torch.nan)
+    slots = torch.randperm(cache.shape[0] * PAGE_SIZE)[: len(batch.latent)]
+    attention().write(batch.latent, batch.rope, cache, slots)
+    assert torch.equal(cache.flatten(0, 1)[slots], torch.cat([batch.latent, batch.rope], -1))
+
+
+def test_only_what_is_asked_for_is_chosen():
+    assert set(attention(("prefill",)).chosen) == {"prefill"}
