@@ -28,7 +28,7 @@ def _weighted(ptr, weight, at, mask):
     return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows,
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
