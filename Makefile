@@ -6,7 +6,7 @@
 # make clean      remove everything that the others made, .venv too
 #
 # ENV=current     use the packages of the current python3 and install nothing
-# PYTHON=PATH     the Python 3.11 to make .venv with
+# PYTHON=PATH     the Python 3.11 to make .venv with (read when .venv is first made)
 # TORCH_INDEX=URL one more package index, for PyTorch's CPU wheels: the CPU index that PyTorch's install page names.
 #                 Needed where pip finds no torch "+cpu" by itself, on machines without an NVIDIA GPU.
 
@@ -59,7 +59,7 @@ installed:
 	@$(RUN) -P -c 'import sys; from importlib.metadata import entry_points as e; \
 	  sys.exit("mla_backend" not in {p.name for p in e(group="vllm.general_plugins")})' || { \
 	  echo "vLLM finds plugins only if they are installed, and for $$(command -v $(RUN)) mla-backend is not. Run:" \
-	    "$(RUN) -m pip install --no-deps --no-build-isolation -e ." >&2; exit 1; }
+	    "$(RUN) -m pip install --no-deps -e ." >&2; exit 1; }
 
 demo: $(READY)
 	@$(RUN) examples/demo.py

@@ -19,6 +19,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the call
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling vLLM's router helpers takes longer than the demo
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 
 PROMPTS = (
@@ -57,6 +59,11 @@ def output_to(path: pathlib.Path):
         for descriptor, original in enumerate(kept, start=1):
             os.dup2(original, descriptor)
             os.close(original)
+
+
+def waiting(text: str) -> Live:
+    """A spinner that leaves standard output alone: rich would otherwise take it from `output_to` on a terminal."""
+    return Live(Spinner("dots", text), console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 def our_start_up_line(log: pathlib.Path) -> str:
@@ -117,6 +124,7 @@ def count_calls() -> bool:
 
 
 def main() -> int:
+    step("loading torch, transformers and vLLM ...")
     import torch
     from tiny_checkpoint import make_checkpoint
     from transformers import AutoTokenizer
@@ -127,22 +135,25 @@ def main() -> int:
     step(f"mla_backend {version('mla-backend')}, vLLM {version('vllm')}, torch {torch.__version__}, on {where}")
     log = FOLDER.with_name(FOLDER.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with console.status("transformers makes a checkpoint and answers ..."), output_to(log):
+    with waiting("transformers makes a checkpoint and answers ..."), output_to(log):
         folder = make_checkpoint(FOLDER)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]
         expected = generate(folder, prompts, NEW_TOKENS)
     step(f"checkpoint with random weights in {FOLDER}; transformers has answered {len(prompts)} prompts")
-    with console.status(f"vLLM loads and answers ... (its log: {log})"), output_to(log):
+    with waiting(f"vLLM loads and answers ... (its log: {log})"), output_to(log):
         answers = serve(folder, prompts, device)
     step(f"vLLM has answered (its log: {log})")
     console.print(our_start_up_line(log), markup=False)
     same = compare(tokenizer, expected, answers, LOGPROB_TOLERANCE[device])
     ours = count_calls()
     if same and ours:
-        console.print("[bold green]equal[/]: tokens and log-probabilities as transformers', attention by our kernels")
+        console.print(
+            "[bold green]equal[/]: the tokens of transformers, "
+            f"log-probabilities within {LOGPROB_TOLERANCE[device]:g}, all attention by our kernels"
+        )
         return 0
-    console.print("[bold red]not equal[/]" if not same else "[bold red]some attention was not done by our kernels[/]")
+    console.print(f"[bold red]{'not equal' if not same else 'some attention was not done by our kernels'}[/]")
     return 1
 
 

@@ -52,7 +52,7 @@ def test_every_reason_at_once(engine, checkpoints):
 
 def test_fp8_cache_is_refused_for_now(engine, checkpoints):
     failed = engine(checkpoints(), [PROMPT], fails=True, kv_cache_dtype="fp8")
-    assert "got --kv-cache-dtype fp8; leave the option out" in failed.log
+    assert "takes --kv-cache-dtype auto, float16, bfloat16, got fp8; leave the option out" in failed.log
 
 
 def test_odd_block_size(engine, checkpoints):

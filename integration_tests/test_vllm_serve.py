@@ -172,7 +172,7 @@ def folder(checkpoints):
     ("options", "helpful"),
     [
         (["--attention-backend", "CUSTUM"], ("Unknown attention backend: 'CUSTUM'", "CUSTOM")),
-        ([*OPTIONS, "--kv-cache-dtype", "fp8"], ("got --kv-cache-dtype fp8; leave the option out",)),
+        ([*OPTIONS, "--kv-cache-dtype", "fp8"], ("auto, float16, bfloat16, got fp8; leave the option out",)),
     ],
     ids=["typo", "fp8-cache"],
 )

@@ -32,7 +32,7 @@ class MLAAttention:
     ):
         self.problem, self.device, self.scale = problem, device, scale
         self.chosen: dict[str, Selection] = {
-            name: select(name, problem, device, kernel=config.kernels[name]) for name in operations
+            name: select(name, problem, device, kernel=config.kernel_for(name)) for name in operations
         }
         self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
 

@@ -1,7 +1,7 @@
 """Settings of the plugin: every environment variable it reads, in one table."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 OPERATIONS = ("decode", "prefill", "cache_write", "cache_gather", "merge")
 
@@ -20,13 +20,17 @@ class MLABackendConfig:
     """What the user set.
 
     disabled: register nothing.
-    kernels: kernel name for each operation, "auto" where the user named none.
+    kernels: (operation, kernel name) of every operation; "auto" where the user named none.
     """
 
     disabled: bool = False
-    kernels: dict[str, str] = field(default_factory=lambda: dict.fromkeys(OPERATIONS, "auto"))
+    kernels: tuple[tuple[str, str], ...] = tuple((operation, "auto") for operation in OPERATIONS)
 
     @classmethod
     def from_environment(cls) -> "MLABackendConfig":
-        kernels = {name: os.environ.get(f"MLA_BACKEND_{name.upper()}", "") or "auto" for name in OPERATIONS}
+        kernels = tuple((name, os.environ.get(f"MLA_BACKEND_{name.upper()}", "") or "auto") for name in OPERATIONS)
         return cls(disabled=os.environ.get("MLA_BACKEND_DISABLE", "0") == "1", kernels=kernels)
+
+    def kernel_for(self, operation: str) -> str:
+        """Kernel name that the user wants for an operation, or "auto"."""
+        return dict(self.kernels)[operation]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, device_of, format_of
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 WHERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,3 +117,42 @@ def test_wrong_query_count_is_refused(kernel):
         pytest.skip("does not run here")
     with pytest.raises(ValueError, match="2 requests of 3 query tokens need 6 queries, got 2"):
         kernel.run(*case.arrays, scale=1.0, query_len=3)
+
+
+def test_scratch_is_not_overrun():
+    """As many partial results as a batch can have: every request is a little longer than one piece."""
+    from mla_kernels.decode import triton_splitkv
+
+    case = make_decode(geometry(2, 128, 16), [192] * 5, page_size=64, device=WHERE)
+    cache, device = case.arrays[2], device_of(WHERE)
+    if not device.runs_triton:
+        pytest.skip("needs a GPU (or TRITON_INTERPRET=1)")
+    layout = CacheLayout(geometry=case.geometry, format=format_of(cache.dtype), page_size=64)
+    shapes = triton_splitkv.workspace(Problem(layout=layout, dtype=cache.dtype), device, max_requests=5)
+    guarded = [torch.full((2 * shape[0],), -7, dtype=dtype, device=WHERE) for shape, dtype in shapes]
+    workspace = [tensor[: shape[0]] for tensor, (shape, _) in zip(guarded, shapes, strict=True)]
+    triton_splitkv.run(*case.arrays, **case.options, workspace=workspace)
+    for tensor, (shape, _) in zip(guarded, shapes, strict=True):
+        assert (tensor[shape[0] :] == -7).all()
+    if WHERE == "cpu":  # a GPU cuts these few tokens less
+        assert (workspace[1][shapes[1][0][0] // 2 :] != -7).any(), "the second half is needed too"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "device",
+    [Device("cuda", 90, "H200", 132), Device("cuda", 89, "L4", 58), Device("hip", "gfx942", "MI300X", 304)],
+    ids=lambda d: d.name,
+)
+def test_scratch_suffices_for_every_query_length(device, dtype):
+    """A server reserves once, for the most query tokens; every step with fewer must fit."""
+    from mla_kernels.decode import triton_splitkv
+
+    for heads in (1, 2, 5, 8, 12, 16, 20, 64, 128):
+        for most in (1, 2, 4, 9, 16):
+            layout = CacheLayout(geometry=geometry(heads, 512, 64), format=format_of(dtype), page_size=64)
+            problem = Problem(layout=layout, dtype=dtype, max_query_len=most)
+            reserved = triton_splitkv.workspace(problem, device, max_requests=8)[1][0][0]
+            for query_len in range(1, most + 1):
+                needed = triton_splitkv._scratch_rows(query_len * heads, layout.row_elements, dtype.itemsize, device)
+                assert needed <= reserved, (heads, most, query_len)

@@ -21,9 +21,7 @@ def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torc
     own = {"auto": model_dtype, None: model_dtype, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if kv_cache_dtype not in own:
         wanted = ", ".join(str(name) for name in own if name)
-        raise ValueError(
-            f"mla_backend stores the cache as {wanted}, got --kv-cache-dtype {kv_cache_dtype}; leave the option out"
-        )
+        raise ValueError(f"mla_backend takes --kv-cache-dtype {wanted}, got {kv_cache_dtype}; leave the option out")
     return own[kv_cache_dtype]
 
 
@@ -44,14 +42,20 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
     geometry = geometry or geometry_of(
         vllm_config.model_config.hf_text_config, tensor_parallel_size=parallel.tensor_parallel_size
     )
-    speculative = vllm_config.speculative_config
     layout = CacheLayout(
         geometry=geometry,
         format=format_of(cache_dtype_of(kv_cache_dtype, dtype)),
         page_size=page_size or vllm_config.cache_config.block_size or _PREFERRED_PAGE,
     )
-    extra = (speculative.num_speculative_tokens or 0) if speculative else 0
-    return Problem(layout=layout, dtype=dtype, max_query_len=1 + extra)
+    return Problem(layout=layout, dtype=dtype, max_query_len=max_decode_query_len(vllm_config.speculative_config))
+
+
+def max_decode_query_len(speculative) -> int:
+    """Most query tokens that vLLM sends to decode for one request: 1, the drafted ones, and with parallel drafting as
+    many again (`_init_reorder_batch_threshold` in vLLM's v1/attention/backend.py)."""
+    if speculative is None:
+        return 1
+    return 1 + (speculative.num_speculative_tokens or 0) * (2 if speculative.parallel_drafting else 1)
 
 
 def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) -> list[str]:
@@ -68,6 +72,8 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         size = vllm_config.parallel_config.decode_context_parallel_size
         reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
+    if vllm_config.parallel_config.use_ubatching:
+        reasons.append("mla_backend has not been run with overlapping micro-batches; leave out --enable-dbo")
     if page_size is not None and page_size % PAGE_MULTIPLE:
         reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
@@ -77,7 +83,7 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     config, device = MLABackendConfig.from_environment(), device_of(vllm_config.device_config.device_type)
     for operation in OPERATIONS:
         try:
-            select(operation, problem, device, kernel=config.kernels[operation])
+            select(operation, problem, device, kernel=config.kernel_for(operation))
         except (UnsupportedMLA, ValueError) as error:
             reasons.append(str(error))
     return reasons
@@ -121,6 +127,10 @@ class MLABackend(MLACommonBackend):
     @classmethod
     def supports_compute_capability(cls, capability) -> bool:
         return True  # asked of the kernels, which give reasons
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # a step is planned from the host's query lengths
 
     @classmethod
     def supports_combination(

@@ -17,7 +17,7 @@ def warnings() -> Iterator[str]:
     release = Version(vllm.__version__).release
     if not Version(FIRST).release <= release[:2] <= Version(LAST).release:
         yield (
-            f"mla_backend was not tested with vLLM {vllm.__version__}, only with {FIRST} to {LAST}. "
+            f"mla_backend is made for vLLM {FIRST} to {LAST} and was not tested with {vllm.__version__}. "
             "It may fail to start; MLA_BACKEND_DISABLE=1 switches it off."
         )
     if getattr(envs, "VLLM_TARGET_DEVICE", None) == "cpu":

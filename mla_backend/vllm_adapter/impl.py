@@ -21,9 +21,9 @@ logger = init_logger("vllm.mla_backend")
 
 
 @cache
-def _attention(problem: Problem, device, scale: float, max_requests: int) -> MLAAttention:
+def _attention(problem: Problem, device, config: MLABackendConfig, scale: float, max_requests: int) -> MLAAttention:
     """One object for all layers that ask the same of the same device: kernels are chosen and announced once."""
-    attention = MLAAttention(problem, device, MLABackendConfig.from_environment(), scale=scale)
+    attention = MLAAttention(problem, device, config, scale=scale)
     logger.info("mla_backend %s: %s", version("mla-backend"), attention.describe(max_requests=max_requests))
     return attention
 
@@ -48,7 +48,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         )
         device = device_of(vllm_config.device_config.device)
         max_requests = vllm_config.scheduler_config.max_num_seqs
-        self.attention = _attention(problem, device, self.scale, max_requests)
+        self.attention = _attention(problem, device, MLABackendConfig.from_environment(), self.scale, max_requests)
         self._scratch_shapes = self.attention.decode_workspace(max_requests)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self._own_prefill = _claim_prefill(vllm_config.attention_config)

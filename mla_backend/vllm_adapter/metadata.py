@@ -45,16 +45,20 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         *,
         query_start_loc_cpu: torch.Tensor,
         query_start_loc_device: torch.Tensor,
+        num_decode_tokens: int,
         dcp_tot_seq_lens_device: torch.Tensor | None,
         **_,
     ) -> MLADecodeMetadata:
         query_lens = query_start_loc_cpu.diff()
         longest = int(query_lens.max())
-        uniform = bool((query_lens == longest).all())
+        # False also where vLLM counts padding tokens that no request owns (drafts of 0.28 and 0.29 in piecewise
+        # graphs).
+        uniform = longest * len(query_lens) == num_decode_tokens
         step = DecodeStep(
             block_table_BM=block_table_tensor,
             seq_lens_B=seq_lens_device,
-            query_len=longest,
+            # Ragged lengths take the largest that there can be: one compiled kernel, not one for each longest length.
+            query_len=longest if uniform else max(longest, self.reorder_batch_threshold),
             query_start_B1=None if uniform else query_start_loc_device,
         )
         return MLADecodeMetadata(

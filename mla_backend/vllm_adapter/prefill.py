@@ -33,7 +33,7 @@ class MLAPrefill(MLAPrefillBackend):
     def validate_configuration(cls, device_capability, selector_config) -> list[str]:
         reasons = super().validate_configuration(device_capability, selector_config)
         vllm_config = get_current_vllm_config()
-        kernel = MLABackendConfig.from_environment().kernels["prefill"]
+        kernel = MLABackendConfig.from_environment().kernel_for("prefill")
         try:
             problem = _problem(geometry_of(vllm_config.model_config.hf_text_config), selector_config.dtype)
             select("prefill", problem, device_of(vllm_config.device_config.device), kernel=kernel)

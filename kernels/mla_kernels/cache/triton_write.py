@@ -21,7 +21,7 @@ def unsupported(problem, device: Device) -> list[str]:
     return refusals(device, rows=problem.dtype, cache=problem.layout.format.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens", "slots_in_pool"])
+@triton.jit(do_not_specialize=["tokens", "slots_in_pool"], do_not_specialize_on_alignment=["slots_ptr"])
 def _write_kernel(
     latent_ptr, rope_ptr, cache_ptr, slots_ptr, tokens, slots_in_pool,
     stride_latent, stride_rope, stride_page, stride_row, stride_slot,

@@ -71,7 +71,10 @@ def _query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
     return first, tokens
 
 
-@triton.jit(do_not_specialize=["query_len", "batch", "pieces_wanted"])
+@triton.jit(
+    do_not_specialize=["query_len", "batch", "pieces_wanted"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
+)
 def _splitkv_kernel(
     q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr, lse_ptr,
     part_ptr, part_lse_ptr, plan_ptr, scale_log2, query_len, batch, pieces_wanted,
@@ -154,7 +157,10 @@ def _splitkv_kernel(
         tl.store(part_lse_ptr + at_part, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["query_len", "rows_per_slot"])
+@triton.jit(
+    do_not_specialize=["query_len", "rows_per_slot"],
+    do_not_specialize_on_alignment=["query_start_ptr", "plan_ptr"],
+)
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, plan_ptr, query_start_ptr, query_len, rows_per_slot,
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
@@ -323,5 +329,5 @@ def _batch_bucket(batch: int) -> int:
     """Width of the scan over requests: a few sizes, so that a new batch size seldom compiles a new kernel."""
     width = 16
     while width < batch:
-        width *= 8
+        width *= 8 if width < 1024 else 2
     return width
