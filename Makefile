@@ -64,12 +64,13 @@ installed:
 demo: $(READY)
 	@$(RUN) examples/demo.py
 
-# Kernels run in Triton's interpreter; the engine's tests choose for themselves.
+# Kernels run in Triton's interpreter; the engine's tests choose for themselves. The server's tests watch the clock, so
+# nothing else runs beside them.
 test: lint
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(WORKERS) kernels/tests
-	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile integration_tests
+	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile integration_tests --ignore integration_tests/test_vllm_serve.py
+	$(RUN) -m pytest -q integration_tests/test_vllm_serve.py
 
-# Without the interpreter's switch, kernel tests take the GPU.
 # Kernel tests take the GPU that is there; of the engine's, only those made for one.
 test-gpu: $(READY)
 	$(RUN) -m pytest -q kernels/tests

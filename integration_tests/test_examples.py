@@ -1,8 +1,10 @@
 """Every file of examples/ as a user runs it: it ends with status 0 and shows what it is there to show."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pty
 import re
 import socket
 import subprocess
@@ -57,14 +59,38 @@ def test_all_are_listed_and_tested():
     for path in EXAMPLES.iterdir():
         if path.suffix in (".py", ".sh"):
             assert f"| `{path.name}` |" in readme
-            assert f'run("{path.name}"' in tests
+            assert f'("{path.name}"' in tests
+
+
+def run_on_a_terminal(example: str, *, cwd, **environment) -> str:
+    """What an example shows on a wide terminal: programs such as rich behave differently there."""
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / example)],
+        env={**os.environ, "COLUMNS": "200", "TERM": "dumb", **environment},
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=its_end,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux reports the end of a terminal as an input/output error
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    text = shown.decode(errors="replace")
+    assert process.wait(timeout=60) == 0, text[-6000:]
+    return text
 
 
 def test_demo(tmp_path):
     pytest.importorskip("vllm")
     pytest.importorskip("rich")
-    shown = run("demo.py", cwd=tmp_path, MLA_DEMO_FOLDER=str(tmp_path / "model"))
-    assert "equal: tokens and log-probabilities as transformers', attention by our kernels" in shown
+    shown = run_on_a_terminal("demo.py", cwd=tmp_path, MLA_DEMO_FOLDER=str(tmp_path / "model"))
+    assert "equal: the tokens of transformers, log-probabilities within" in shown
+    assert "mla_backend 0.1.0: decode" in shown
+    assert "INFO" not in shown, "vLLM's log belongs into a file"
     assert shown.count("24 of 24") == 4
     for operation in ("cache write", "prefill", "decode"):
         assert re.search(rf"{operation}\W+(torch|triton)_\w+\W+[1-9]", shown), shown

@@ -241,9 +241,6 @@ def test_client_that_goes_away(server, folder, oracle):
     )
     for _ in zip(range(3), stream, strict=False):
         pass
-    wait_until(
-        lambda: server.metric("vllm:num_requests_running") == 1, "the request is running", seconds=ANSWER_SECONDS
-    )
     stream.close()
     wait_until(server.is_idle, "the abandoned request has ended", seconds=ANSWER_SECONDS)
     assert server.metric("vllm:generation_tokens_total") - before < wanted, "it was to be cut short"
