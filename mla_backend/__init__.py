@@ -11,7 +11,7 @@ def register_vllm() -> None:
         from mla_backend.vllm_adapter import register
 
         register()
-    except Exception:
+    except Exception:  # whatever it is, vLLM has to start without us
         _logger.exception("mla_backend could not register with this vLLM; `CUSTOM` is not available, all else works")
 
 
@@ -21,6 +21,6 @@ def vllm_cpu_platform() -> str | None:
         from mla_backend.vllm_adapter import cpu_platform
 
         return cpu_platform()
-    except Exception:
+    except Exception:  # whatever it is, vLLM has to start without us
         _logger.exception("mla_backend could not look at vLLM's platforms; on a CPU `CUSTOM` will be ignored")
         return None
