@@ -1,18 +1,11 @@
-"""Settings of the plugin: every environment variable it reads, in one table."""
+"""Settings of the plugin: the only place that reads environment variables (README has their table)."""
 
 import os
 from dataclasses import dataclass
 
-OPERATIONS = ("decode", "prefill", "cache_write", "cache_gather", "merge")
+import mla_kernels
 
-# name -> what it does (README shows this table)
-ENVIRONMENT = {
-    "MLA_BACKEND_DISABLE": "1: register nothing, as if the package were not installed",
-    **{
-        f"MLA_BACKEND_{operation.upper()}": f"name of the {operation} kernel; `auto` (default) takes the best that fits"
-        for operation in OPERATIONS
-    },
-}
+OPERATIONS = tuple(mla_kernels.OPERATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +21,7 @@ class MLABackendConfig:
 
     @classmethod
     def from_environment(cls) -> "MLABackendConfig":
+        """MLA_BACKEND_DISABLE=1 disables; MLA_BACKEND_<OPERATION> names the kernel of an operation."""
         kernels = tuple((name, os.environ.get(f"MLA_BACKEND_{name.upper()}", "") or "auto") for name in OPERATIONS)
         return cls(disabled=os.environ.get("MLA_BACKEND_DISABLE", "0") == "1", kernels=kernels)
 

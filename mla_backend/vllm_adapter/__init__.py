@@ -5,6 +5,9 @@ from importlib.metadata import entry_points, version
 from mla_backend.config import MLABackendConfig
 from mla_backend.vllm_adapter import compat
 
+NAME = "CUSTOM"  # vLLM's slot for backends from outside, and what the user's flag says
+PREFERRED_PAGE = 64  # tokens; a decode tile then lies in one page
+
 BACKEND = "mla_backend.vllm_adapter.backend.MLABackend"
 PREFILL_BACKEND = "mla_backend.vllm_adapter.prefill.MLAPrefill"
 CPU_PLATFORM = "mla_backend.vllm_adapter.cpu_platform.MLACpuPlatform"

@@ -9,11 +9,10 @@ from vllm.v1.attention.backend import MultipleOf
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import geometry_of, sparse_model
+from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
-NAME = "CUSTOM"
 PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
-_PREFERRED_PAGE = 64  # a decode tile then lies in one page
 
 
 def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +44,7 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
     layout = CacheLayout(
         geometry=geometry,
         format=format_of(cache_dtype_of(kv_cache_dtype, dtype)),
-        page_size=page_size or vllm_config.cache_config.block_size or _PREFERRED_PAGE,
+        page_size=page_size or vllm_config.cache_config.block_size or PREFERRED_PAGE,
     )
     return Problem(layout=layout, dtype=dtype, max_query_len=max_decode_query_len(vllm_config.speculative_config))
 
@@ -122,7 +121,7 @@ class MLABackend(MLACommonBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(default_block_size, _PREFERRED_PAGE)
+        return max(default_block_size, PREFERRED_PAGE)
 
     @classmethod
     def supports_compute_capability(cls, capability) -> bool:

@@ -3,15 +3,13 @@
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
-from mla_backend.vllm_adapter import compat
+from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE, compat
 
 logger = init_logger("vllm.mla_backend")
 
-_DEFAULT_PAGE = 64
-
 
 def _is_ours(backend) -> bool:
-    return backend is not None and backend.name == "CUSTOM"
+    return backend is not None and backend.name == NAME
 
 
 class MLACpuPlatform(CpuPlatform):
@@ -34,7 +32,7 @@ class MLACpuPlatform(CpuPlatform):
         every MLA model, whatever backend serves it.
         """
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
-        page = cache.block_size if cache.user_specified_block_size else _DEFAULT_PAGE
+        page = cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE
         kept = page, cache.enable_prefix_caching, scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
         super().check_and_update_config(vllm_config)
         model, attention = vllm_config.model_config, vllm_config.attention_config

@@ -13,7 +13,8 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
-from mla_backend.vllm_adapter.backend import NAME, layer_geometry, make_problem
+from mla_backend.vllm_adapter import NAME
+from mla_backend.vllm_adapter.backend import layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
 from mla_kernels import Problem, device_of
 

@@ -10,8 +10,8 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.models import geometry_of
-from mla_backend.vllm_adapter import compat
-from mla_backend.vllm_adapter.backend import NAME, layer_geometry
+from mla_backend.vllm_adapter import NAME, compat
+from mla_backend.vllm_adapter.backend import layer_geometry
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
 

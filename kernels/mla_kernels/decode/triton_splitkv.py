@@ -289,7 +289,9 @@ def run(
     if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
         out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
     if lse_TN is None:
-        lse_TN = q_latent_TNL.new_full((T, N), -torch.inf, dtype=torch.float32)
+        lse_TN = torch.empty(T, N, dtype=torch.float32, device=q_latent_TNL.device)
+        if ragged:
+            lse_TN.fill_(-torch.inf)
     if B == 0 or T == 0:
         return out_TNL, lse_TN
 
