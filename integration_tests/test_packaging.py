@@ -82,11 +82,14 @@ def test_entry_points(info):
     points.read_string(info("entry_points.txt"))
     assert dict(points["vllm.general_plugins"]) == {"mla_backend": "mla_backend:register_vllm"}
     assert dict(points["vllm.platform_plugins"]) == {"mla_backend": "mla_backend:vllm_cpu_platform"}
+    assert dict(points["console_scripts"]) == {"mla-backend": "mla_backend.cli:main"}
 
 
 def test_entry_points_exist():
     import mla_backend
+    from mla_backend.cli import main
 
+    assert callable(main)
     assert callable(mla_backend.register_vllm)
     assert callable(mla_backend.vllm_cpu_platform)
 

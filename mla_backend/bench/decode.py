@@ -1,159 +1,233 @@
-"""Time absorbed decode beside every peer that is installed.
+"""Time absorbed decode beside every peer that is installed: `mla-backend bench decode`.
 
-    python -m mla_backend.bench.decode --csv kernels/benchmarks/results/h200_decode.csv
-
-Prints a table and writes one CSV row a case. Each case is first compared with float32 attention on the same inputs; a
-wrong answer ends the run. `limit` = max(bytes / copy bandwidth, FLOP / matrix rate) as measured on one H200 (4.3 TB/s,
-790 TFLOP/s).
+Every case is first compared with float32 attention on the same inputs; a wrong answer ends the run before anything is
+timed. Then each case is timed on input sets that together overflow the L2 cache. The time of a call is that of
+`MLAAttention.decode` with a workspace made before, which is what a model pays in every layer.
 """
 
-import argparse
-import csv
+import dataclasses
 import datetime
 import math
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from mla_backend.attention import MLAAttention
+from mla_backend.bench import results
+from mla_backend.bench.cases import Case, geometry_for
 from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_backend.steps import DecodeStep
-from mla_kernels import CacheLayout, MLAGeometry, Problem, device_of, format_of
-from mla_kernels.testing import TOLERANCE, assert_matches
+from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
 
-CASES = (  # batch, tokens, heads, query tokens
-    (1, 1024, 16, 1), (1, 4096, 16, 1), (1, 32768, 16, 1), (1, 131072, 16, 1), (1, 262144, 8, 1), (4, 8192, 16, 1),
-    (16, 4096, 16, 1), (64, 4096, 16, 1), (128, 1024, 16, 1), (128, 4096, 16, 1), (128, 4096, 8, 1), (128, 4096, 32, 1),
-    (128, 4096, 64, 1), (128, 4096, 16, 4), (1, 4096, 128, 1), (1, 131072, 128, 1), (16, 8192, 128, 1),
-    (64, 4096, 128, 1), (128, 4096, 128, 1), (32, 32768, 128, 1), (64, 4096, 128, 2), (128, 4096, 64, 2),
-)  # fmt: skip
-PEER_COLUMNS = ("flashmla", "fa3", "flashinfer", "vllm_triton")
-COLUMNS = (
-    "date", "gpu", "torch", "triton", "case", "batch", "tokens", "heads", "q_len", "cache_dtype", "page_size",
-    "limit_us", "ours_us", *(f"{peer}_us" for peer in PEER_COLUMNS),
-)  # fmt: skip
-BYTES_PER_US, FLOP_PER_US = 4.3e6, 790e6
+DTYPE = torch.bfloat16
+PEER_ERROR = 2e-2  # of the norm; the peers' own errors in bf16 are ten times smaller
 
 
-def geometry_for(heads: int) -> MLAGeometry:
-    """DeepSeek's widths with `heads` heads on this rank."""
-    return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+class BenchmarkError(RuntimeError):
+    """The benchmark cannot go on. The message is for the user."""
 
 
-def make_inputs(batch: int, tokens: int, heads: int, query_len: int, *, page_size: int, dtype) -> DecodeInputs:
-    geometry = geometry_for(heads)
-    pages = -(-tokens // page_size)
-    cache = torch.randn(batch * pages, page_size, geometry.latent_dim, device="cuda", dtype=dtype) * 0.3
-    table = torch.randperm(batch * pages, device="cuda", dtype=torch.int32).view(batch, pages)
+def make_inputs(case: Case, *, page_size: int, dtype: torch.dtype, device: str = "cuda", seed: int = 0) -> DecodeInputs:
+    """Random inputs. Every request has pages for the longest one, shuffled; rows past its end are there and random."""
+    geometry = geometry_for(case.heads)
+    pages = -(-max(case.lengths) // page_size)
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"device": device, "generator": generator}
+    shape = (case.batch * pages, page_size, geometry.latent_dim)
     return DecodeInputs(
-        q_BQNK=torch.randn(batch, query_len, heads, geometry.latent_dim, device="cuda", dtype=dtype) * 0.3,
-        cache_AGK=cache,
-        block_table_BM=table,
-        seq_lens_B=torch.full((batch,), tokens, device="cuda", dtype=torch.int32),
+        cache_AGK=torch.randn(shape, dtype=dtype, **options).mul_(0.3),
+        block_table_BM=torch.randperm(case.batch * pages, dtype=torch.int32, **options).view(case.batch, pages),
+        q_BQNK=torch.randn(case.batch, case.query_len, case.heads, geometry.latent_dim, dtype=dtype, **options) * 0.3,
+        seq_lens_B=torch.tensor(case.lengths, device=device, dtype=torch.int32),
         latent=geometry.kv_lora_rank,
         scale=geometry.softmax_scale,
     )
 
 
-def ours(data: DecodeInputs):
-    """Our decode as the adapter calls it, scratch included, outputs allocated by the graph's pool."""
-    batch, query_len, heads, width = data.q_BQNK.shape
+def config_for(kernel: str | None) -> MLABackendConfig:
+    """The environment's settings, with another decode kernel where one is named."""
+    config = MLABackendConfig.from_environment()
+    if kernel is None:
+        return config
+    return dataclasses.replace(config, kernels=tuple((dict(config.kernels) | {"decode": kernel}).items()))
+
+
+def attention_for(data: DecodeInputs, config: MLABackendConfig) -> MLAAttention:
+    """As the adapter makes it for these inputs. Raises UnsupportedMLA or ValueError when there is no such kernel."""
+    _, query_len, heads, _ = data.q_BQNK.shape
     layout = CacheLayout(
         geometry=geometry_for(heads), format=format_of(data.cache_AGK.dtype), page_size=data.cache_AGK.shape[1]
     )
     problem = Problem(layout=layout, dtype=data.q_BQNK.dtype, max_query_len=query_len)
-    config = MLABackendConfig.from_environment()
-    attention = MLAAttention(problem, device_of(data.cache_AGK), config, scale=data.scale, operations=("decode",))
-    scratch = [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in attention.decode_workspace(batch)]
+    return MLAAttention(problem, device_of(data.cache_AGK), config, scale=data.scale, operations=("decode",))
+
+
+def ours(attention: MLAAttention, data: DecodeInputs):
+    """A function that decodes as the adapter does, with scratch made here and outputs made by each call.
+
+    It returns out_TNL and lse_TN.
+    """
+    batch, query_len, heads, width = data.q_BQNK.shape
+    workspace = attention.decode_workspace(batch)
+    scratch = [torch.empty(shape, dtype=dtype, device=data.q_BQNK.device) for shape, dtype in workspace]
     q_latent, q_rope = data.q_BQNK.view(batch * query_len, heads, width).split([data.latent, width - data.latent], -1)
     step = DecodeStep(block_table_BM=data.block_table_BM, seq_lens_B=data.seq_lens_B, query_len=query_len)
-    return lambda: attention.decode(q_latent, q_rope, data.cache_AGK, step, workspace=scratch)[0]
+    return lambda: attention.decode(q_latent, q_rope, data.cache_AGK, step, workspace=scratch)
 
 
-def check(data: DecodeInputs, out_TNL: torch.Tensor) -> None:
-    """Compare the first and the last request with float32 attention. Raises AssertionError."""
+def expected(data: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 attention of every request: out_TNL and lse_TN.
+
+    Not mla_kernels.reference: that repeats keys for every head, 38 GB for 128 heads and 131072 tokens.
+    """
     batch, query_len, heads, _ = data.q_BQNK.shape
-    for b in {0, batch - 1}:
-        tokens = int(data.seq_lens_B[b])
-        rows = data.cache_AGK[data.block_table_BM[b].long()].flatten(0, 1)[:tokens].float()
-        score = torch.einsum("qnk,sk->nqs", data.q_BQNK[b].float(), rows) * data.scale
-        position = torch.arange(tokens, device=rows.device)
-        last = tokens - query_len + torch.arange(query_len, device=rows.device)
-        score.masked_fill_(position > last[:, None], -math.inf)
-        expected = torch.einsum("nqs,sl->qnl", score.softmax(-1), rows[:, : data.latent])
-        actual = out_TNL.view(batch, query_len, heads, -1)[b]
-        assert_matches(f"request {b}", actual, expected, TOLERANCE[actual.dtype])
+    out_BQNL = data.q_BQNK.new_empty(batch, query_len, heads, data.latent, dtype=torch.float32)
+    lse_BQN = out_BQNL.new_empty(batch, query_len, heads)
+    page_size = data.cache_AGK.shape[1]
+    for b, tokens in enumerate(data.seq_lens_B.tolist()):
+        pages = data.block_table_BM[b, : -(-tokens // page_size)].long()
+        row_SK = data.cache_AGK[pages].flatten(0, 1)[:tokens].float()
+        score_NQS = torch.einsum("qnk,sk->nqs", data.q_BQNK[b].float(), row_SK) * data.scale
+        position_S = torch.arange(tokens, device=row_SK.device)
+        last_Q = tokens - query_len + torch.arange(query_len, device=row_SK.device)
+        score_NQS.masked_fill_(position_S > last_Q[:, None], -math.inf)
+        out_BQNL[b] = torch.einsum("nqs,sl->qnl", score_NQS.softmax(-1), row_SK[:, : data.latent])
+        lse_BQN[b] = score_NQS.logsumexp(-1).T
+    return out_BQNL.flatten(0, 1), lse_BQN.flatten(0, 1)
 
 
-def limit_us(batch: int, tokens: int, heads: int, query_len: int, row_bytes: int) -> float:
-    flop = 2 * batch * tokens * heads * query_len * (512 + 64 + 512)
-    return max(batch * tokens * row_bytes / BYTES_PER_US, flop / FLOP_PER_US)
+def check(actual, wanted, dtype: torch.dtype) -> None:
+    """Compare (out_TNL, lse_TN), both of them whole. Raises AssertionError."""
+    assert_matches("out", actual[0], wanted[0], TOLERANCE[dtype])
+    assert_matches("lse", actual[1], wanted[1], LSE_TOLERANCE)
 
 
-def measure(case, *, page_size: int, dtype, peers: list[str]) -> dict:
-    """One CSV row: microseconds of ours and of each peer, empty where a peer refuses."""
-    batch, tokens, heads, query_len = case
-    first = make_inputs(*case, page_size=page_size, dtype=dtype)
-    check(first, ours(first)())
-    sets = [first] + [
-        make_inputs(*case, page_size=page_size, dtype=dtype) for _ in range(input_sets(first.cache_AGK.nbytes) - 1)
-    ]
-    row_bytes = first.cache_AGK.shape[2] * dtype.itemsize
-    row = {"case": "even", "batch": batch, "tokens": tokens, "heads": heads, "q_len": query_len}
-    row |= {"cache_dtype": format_of(dtype).name, "page_size": page_size}
-    row["limit_us"] = round(limit_us(*case, row_bytes), 1)
-    row["ours_us"] = round(graph_us([ours(data) for data in sets]), 1)
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN (integers: their largest) meanwhile, so that a value which nobody wrote shows."""
+    kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switch, fill = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    switch.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+        switch.fill_uninitialized_memory = fill
+
+
+def verify(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch.dtype, device: str = "cuda") -> None:
+    """Check our kernel, twice in the same scratch: a call may leave there what spoils the next.
+
+    Raises BenchmarkError for a wrong answer, and when no kernel takes the case.
+    """
+    data = make_inputs(case, page_size=page_size, dtype=dtype, device=device)
+    wanted = expected(data)
+    try:
+        attention = attention_for(data, config)
+    except (UnsupportedMLA, ValueError) as error:
+        raise BenchmarkError(f"case {case}: {error}") from None
+    with poisoned_memory():
+        call = ours(attention, data)
+        answers = call(), call()
+    for which, actual in zip(("first", "second"), answers, strict=True):
+        try:
+            check(actual, wanted, dtype)
+        except AssertionError as error:
+            name = attention.chosen["decode"].kernel.name
+            raise BenchmarkError(f"wrong answer of {name} in case {case}, {which} call: {error}") from None
+
+
+def peer_error(result, wanted_TNL: torch.Tensor) -> float:
+    """Norm of a peer's error over the norm of the right output. `result`: its output, or (output, lse)."""
+    out = result[0] if isinstance(result, tuple | list) else result
+    return float((out.float().reshape(wanted_TNL.shape) - wanted_TNL).norm() / wanted_TNL.norm())
+
+
+def peer_us(peer: str, sets: list[DecodeInputs], wanted_TNL: torch.Tensor) -> float:
+    """Microseconds of a peer. Raises when it refuses, and when it computes something else than attention."""
+    calls = [DECODE[peer](data) for data in sets]
+    error = peer_error(calls[0](), wanted_TNL)
+    if not error <= PEER_ERROR:  # NaN too
+        print(f"warning: {peer} is off by {error:.1e} of the norm of float32 attention in the next case", flush=True)
+        raise BenchmarkError(f"its output differs from float32 attention by more than {PEER_ERROR:g} of the norm")
+    return round(graph_us(calls), 2)
+
+
+def why(error: Exception) -> str:
+    """A peer's refusal on one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs the package {error.name}, which is not installed"
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    return first if isinstance(error, BenchmarkError) else f"{type(error).__name__}: {first:.160}"
+
+
+def measure(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch.dtype, peers, refused, device="cuda"):
+    """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none."""
+    cache_dtype = format_of(dtype).name
+    count = input_sets(case.cache_bytes(cache_dtype))
+    sets = [make_inputs(case, page_size=page_size, dtype=dtype, device=device, seed=seed) for seed in range(count)]
+    attention = attention_for(sets[0], config)
+    row = {"case": case.name, "batch": case.batch, "tokens": case.tokens, "heads": case.heads, "q_len": case.query_len}
+    row |= {"cache_dtype": cache_dtype, "page_size": page_size, "kernel": attention.chosen["decode"].kernel.name}
+    row["limit_us"] = round(case.limit_us(cache_dtype), 2)
+    row["ours_us"] = round(graph_us([ours(attention, data) for data in sets]), 2)
+    wanted = expected(sets[0])[0] if peers else None
     for peer in peers:
         try:
-            row[f"{peer}_us"] = round(graph_us([DECODE[peer](data) for data in sets]), 1)
-        except Exception as error:  # a peer that refuses a shape, or is not there, is a result
-            print(f"  {peer} on {case}: {error!r:.100}", flush=True)
+            row[f"{peer}_us"] = peer_us(peer, sets, wanted)
+        except Exception as error:  # whatever a peer says to a shape, or that it is not there, is a result
+            refused(peer, why(error))
     return row
 
 
-def print_row(row: dict, peers: list[str]) -> None:
-    times = {peer: row.get(f"{peer}_us") for peer in peers}
-    peer_text = "  ".join(f"{peer} {t:8.1f} ({t / row['ours_us']:4.2f}x)" for peer, t in times.items() if t)
-    print(
-        f"b {row['batch']:4} s {row['tokens']:6} h {row['heads']:3} q {row['q_len']:2}  limit {row['limit_us']:7.1f}  "
-        f"ours {row['ours_us']:8.1f} us ({row['limit_us'] / row['ours_us']:4.0%} of limit)  {peer_text}",
-        flush=True,
+def need_gpu() -> None:
+    """Raise BenchmarkError where torch sees no GPU."""
+    if torch.cuda.is_available():
+        return
+    built = torch.version.cuda or torch.version.hip
+    change = "run it on a machine that has one" if built else "install a build of torch for your GPU"
+    raise BenchmarkError(
+        f"the benchmark wants an NVIDIA or AMD GPU; torch {torch.__version__} "
+        f"{'sees none here' if built else 'is built for CPUs'}: {change}"
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=pathlib.Path)
-    parser.add_argument("--peers", nargs="*", default=list(DECODE), choices=list(DECODE))
-    parser.add_argument("--page-size", type=int, default=64)
-    args = parser.parse_args()
+def machine() -> dict:
+    """What the CSV says of the machine and the day."""
     import triton
 
-    torch.manual_seed(0)
-    facts = {
+    return {
         "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
-    rows = []
-    for case in CASES:
-        rows.append(facts | measure(case, page_size=args.page_size, dtype=torch.bfloat16, peers=args.peers))
-        print_row(rows[-1], args.peers)
-        if args.csv:
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
-            with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
-    for peer in args.peers:
-        ratios = [row[f"{peer}_us"] / row["ours_us"] for row in rows if row.get(f"{peer}_us")]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            print(f"{peer}: {len(ratios)} cases, {mean:.2f}x our time in geometric mean, {min(ratios):.2f}x at worst")
 
 
-if __name__ == "__main__":
-    main()
+def run(cases, *, peers, page_size: int = 64, kernel: str | None = None, csv: pathlib.Path | None = None):
+    """Check all cases, time them, print a line as each ends.
+
+    Returns the rows, and the cases of each (peer, reason) that left a cell empty. Raises BenchmarkError.
+    """
+    need_gpu()
+    facts, config, rows = machine(), config_for(kernel), []
+    for case in cases:
+        verify(case, config, page_size=page_size, dtype=DTYPE)
+    print(f"{len(cases)} cases agree with float32 attention on {facts['gpu']}; timing them", flush=True)
+    refusals: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+
+        def refused(peer: str, reason: str, case=case) -> None:
+            refusals.setdefault((peer, reason), []).append(str(case))
+
+        rows.append(facts | measure(case, config, page_size=page_size, dtype=DTYPE, peers=peers, refused=refused))
+        print(results.line(rows[-1]), flush=True)
+        if csv:
+            results.write_csv(rows, csv)
+    return rows, refusals

@@ -1,4 +1,5 @@
-"""Other people's MLA decode kernels, as vLLM calls them. Each takes a DecodeInputs and returns a function to time.
+"""Other people's MLA decode kernels. Each takes a DecodeInputs and returns a function to time, whose result is the
+output or a pair of output and LSE.
 
 Imported only when asked for; a peer that is not installed or refuses a shape raises, which the benchmark notes.
 """
@@ -104,4 +105,43 @@ def fa3(data: DecodeInputs):
     )
 
 
-DECODE = {"flashmla": flashmla, "fa3": fa3, "vllm_triton": vllm_triton}
+def page_lists(block_table_BM: torch.Tensor, seq_lens_B: torch.Tensor, page_size: int):
+    """A block table as FlashInfer takes it: where each request's pages begin [B + 1], and all pages one after another.
+
+    A request has as many pages as its tokens fill; what the table holds behind them is left out. Both int32.
+    """
+    pages_B = (seq_lens_B + page_size - 1) // page_size
+    starts_B1 = torch.nn.functional.pad(pages_B.cumsum(0), (1, 0)).int()
+    used_BM = torch.arange(block_table_BM.shape[1], device=block_table_BM.device) < pages_B[:, None]
+    return starts_B1, block_table_BM[used_BM]
+
+
+def flashinfer(data: DecodeInputs):
+    """FlashInfer's MLA for Hopper; its plan is made here and not timed, as FlashMLA's schedule."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    batch, query_len, heads, width = data.q_BQNK.shape
+    device, page_size = data.q_BQNK.device, data.cache_AGK.shape[1]
+    starts, pages = page_lists(data.block_table_BM, data.seq_lens_B, page_size)
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.uint8, device=device), backend="fa3")
+    wrapper.plan(
+        torch.arange(0, batch * query_len + 1, query_len, dtype=torch.int32, device=device),
+        starts,
+        pages,
+        data.seq_lens_B,
+        heads,
+        data.latent,
+        width - data.latent,
+        page_size,
+        True,  # causal: query tokens are the last of their request
+        data.scale,
+        data.q_BQNK.dtype,
+        data.cache_AGK.dtype,
+    )
+    flat = data.q_BQNK.reshape(batch * query_len, heads, width)
+    q_latent, q_rope = flat[..., : data.latent].contiguous(), flat[..., data.latent :].contiguous()
+    latent_rows, rope_rows = data.cache_AGK[..., : data.latent], data.cache_AGK[..., data.latent :]
+    return lambda: wrapper.run(q_latent, q_rope, latent_rows, rope_rows, return_lse=True)
+
+
+DECODE = {"flashmla": flashmla, "fa3": fa3, "flashinfer": flashinfer, "vllm_triton": vllm_triton}

@@ -1,0 +1,101 @@
+"""`mla-backend bench ...`. Imports no torch, no Triton and no engine until a command runs."""
+
+import importlib
+import pathlib
+from typing import Annotated
+
+import typer
+
+from mla_backend.bench.results import PEERS
+
+bench = typer.Typer(help="Time our kernels beside other people's, on one GPU.", no_args_is_help=True)
+
+
+def fail(message: object) -> typer.Exit:
+    """Say on one line what is wrong; to be raised, for exit status 1."""
+    typer.echo(f"mla-backend: {message}", err=True)
+    return typer.Exit(1)
+
+
+def need_matplotlib() -> None:
+    """Before minutes of measuring, not after them."""
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise fail(
+            f"a picture needs the package {error.name}, which is not installed: pip install 'mla-backend[bench]'"
+        ) from None
+
+
+def chosen_peers(names: str) -> list[str]:
+    """Peers of a comma-separated list, in the order of the columns; none for "none". Exits for an unknown one."""
+    wanted = {name.strip() for name in names.split(",")} - {"", "none"}
+    if unknown := wanted - set(PEERS):
+        raise typer.BadParameter(f"unknown peer {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
+    return [peer for peer in PEERS if peer in wanted]
+
+
+@bench.command()
+def decode(
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            "--peers",
+            metavar="NAMES",
+            show_default="all",
+            help=f"Any of {', '.join(PEERS)}, with commas between; `none` for ours alone.",
+        ),
+    ] = ",".join(PEERS),
+    cases: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
+    ] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")] = 64,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
+    ] = None,
+    csv: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write one row a case, as each ends.")
+    ] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw the results.")
+    ] = None,
+) -> None:
+    """Time absorbed decode in a CUDA graph, after every case has agreed with float32 attention."""
+    peers = chosen_peers(against)
+    if plot:
+        need_matplotlib()
+    from mla_backend.bench import decode as benchmark
+    from mla_backend.bench import report
+    from mla_backend.bench.cases import chosen_cases
+
+    try:
+        chosen = chosen_cases(cases)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        rows, refusals = benchmark.run(chosen, peers=peers, page_size=page_size, kernel=kernel, csv=csv)
+    except benchmark.BenchmarkError as error:
+        raise fail(error) from None
+    report.show(rows, refusals)
+    if plot:
+        from mla_backend.bench.plot import plot_decode
+
+        plot_decode(rows, plot)
+
+
+@bench.command()
+def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
+    """Draw the CSV file of `bench decode` as a picture."""
+    need_matplotlib()
+    from mla_backend.bench.plot import plot_decode as draw
+    from mla_backend.bench.results import read_csv
+
+    try:
+        rows = read_csv(csv)
+    except (OSError, ValueError) as error:
+        raise fail(error) from None
+    draw(rows, png)
+    typer.echo(str(png))

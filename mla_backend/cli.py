@@ -1,0 +1,37 @@
+"""The command `mla-backend`. Importing this needs no package beyond Python; a command imports what it runs."""
+
+import sys
+
+EXTRA = "mla-backend[bench]"
+
+
+def application():
+    """The commands as a typer application. Raises ModuleNotFoundError without the extra `bench`."""
+    import typer
+
+    from mla_backend.bench.commands import bench
+
+    app = typer.Typer(
+        help="Multi-Head Latent Attention for vLLM: what this package can show of itself.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)  # keeps `bench` a group of its own while it is the only one
+    app.add_typer(bench, name="bench")
+    return app
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        app = application()
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mla_"):
+            raise  # a fault of ours, not a package that the user lacks
+        sys.exit(f"mla-backend needs the package {error.name}, which is not installed: pip install '{EXTRA}'")
+    app(prog_name="mla-backend")
+
+
+if __name__ == "__main__":
+    main()
