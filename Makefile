@@ -2,6 +2,7 @@
 # make test       lint and every test that needs no GPU
 # make test-gpu   kernel tests on the GPU that is here, and the engine's tests that need one
 # make lint       ruff alone
+# make compile-matrix  compile the Hopper kernel with every Triton that engines pin, without a GPU; 3 GB in build/
 # make venv       only the set-up: a virtual environment in .venv, with Python 3.11
 # make clean      remove everything that the others made, .venv too
 #
@@ -25,8 +26,9 @@ READY := $(STAMP)
 endif
 
 WORKERS := 2
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: help venv installed demo test test-gpu lint clean
+.PHONY: help venv installed demo test test-gpu lint compile-matrix clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -80,6 +82,13 @@ lint: $(READY)
 	@if [ "$(ENV)" = current ] && ! $(RUN) -m ruff --version >/dev/null 2>&1; then \
 	  echo "ruff is not installed for $(RUN): lint left out"; \
 	else $(RUN) -m ruff check . && $(RUN) -m ruff format --check .; fi
+
+compile-matrix: $(TRITONS:%=build/triton-%/.installed)
+	$(RUN) kernels/tests/compile_matrix.py $(^D)
+
+build/triton-%/.installed: | $(READY)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
 
 clean:
 	rm -rf $(VENV) models build dist *.egg-info stubs/*/build stubs/*/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,8 @@
 examples, integration_tests, mla_backend/{cli, bench}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
   -> mla_backend: attention, steps, models, config  (no engine)
-  -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/ -> device, layout, geometry, primitives
+  -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
+     -> hopper_decode, split_merge -> schedule -> hopper, primitives -> device, layout, geometry
 """
 
 import ast
@@ -191,11 +192,26 @@ def test_kernels_import_only_leaves(path):
     assert not ours & {*OPERATION_FOLDERS, "reference", "testing", "dispatch"}
 
 
-@pytest.mark.parametrize("leaf", ["geometry", "device", "cache_layout", "primitives", "reference"])
-def test_leaves_import_only_leaves(leaf):
-    below = {"geometry": (), "device": (), "cache_layout": ("geometry",)}.get(
-        leaf, ("geometry", "device", "cache_layout")
-    )
+LEAVES = {
+    "geometry": (),
+    "device": (),
+    "cache_layout": ("geometry",),
+    "reference": ("geometry", "device", "cache_layout"),
+    "primitives": ("geometry", "device", "cache_layout"),
+    "hopper": (),
+    "schedule": ("hopper",),
+    "split_merge": ("primitives",),
+    "hopper_decode": ("hopper", "primitives", "schedule"),
+}
+
+
+def test_every_leaf_has_its_rule():
+    names = {path.stem for path in KERNELS.glob("*.py")}
+    assert names == {*LEAVES, "dispatch", "testing", "__init__"}
+
+
+@pytest.mark.parametrize(("leaf", "below"), LEAVES.items())
+def test_leaves_import_only_leaves(leaf, below):
     ours = {name for name in imports(parse(KERNELS / f"{leaf}.py")) if name.split(".")[0] == "mla_kernels"}
     assert {name.split(".")[1] for name in ours} <= set(below)
 

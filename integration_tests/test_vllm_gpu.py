@@ -39,9 +39,13 @@ def test_float32_with_cuda_graphs(engine, checkpoints, oracle, shape):
     }  # fmt: skip
 
 
-def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle):
+@pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])
+def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle, kernel):
+    if kernel == "gluon_sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
     folder = checkpoints()
-    run = engine(folder, [prompts()], dtype="bfloat16", **GRAPHS)
+    run = engine(folder, [prompts()], dtype="bfloat16", env={"MLA_BACKEND_DECODE": kernel}, **GRAPHS)
+    assert f"decode {kernel}" in next(line for line in run.log.splitlines() if "mla_backend 0" in line)
     for got, want in zip(run.rounds[0], oracle(folder, prompts()), strict=True):
         differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
         assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)

@@ -38,19 +38,24 @@ TOLERANCE = {
 LSE_TOLERANCE = Tolerance(absolute=1e-5, relative=1e-4, cosine=1e-8)
 
 
-def assert_matches(name: str, actual, expected, tolerance: Tolerance) -> None:
+def assert_matches(name: str, actual, expected, tolerance: Tolerance, magnitude=None) -> None:
     """Raise AssertionError unless shapes agree, infinities sit in the same places, nothing is NaN and values are
-    close."""
+    close.
+
+    magnitude: sum of |weight * value| of each element, where it may be more than the unit size that the absolute
+        tolerance is made for; rounding errors grow with it.
+    """
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, wanted {tuple(expected.shape)}"
     a, e = actual.double().cpu(), expected.double().cpu()
     assert not a.isnan().any(), f"{name}: {int(a.isnan().sum())} of {a.numel()} values are NaN"
     assert torch.equal(a.isinf(), e.isinf()), f"{name}: infinities in other places"
     assert torch.equal(a[a.isinf()], e[e.isinf()]), f"{name}: infinities of the other sign"
-    a, e = a[~e.isinf()], e[~e.isinf()]
+    unit = torch.ones_like(e) if magnitude is None else magnitude.double().cpu().clamp(min=1)
+    a, e, unit = a[~e.isinf()], e[~e.isinf()], unit[~e.isinf()]
     if not e.numel():
         return
     error = (a - e).abs()
-    bad = (error > tolerance.absolute) & (error > tolerance.relative * e.abs())
+    bad = (error > tolerance.absolute * unit) & (error > tolerance.relative * e.abs())
     size = (a * a + e * e).sum().item()
     cosine = 1 - 2 * (a * e).sum().item() / size if size else 0.0
     off = f"{int(bad.sum())} of {bad.numel()} values off, largest error {error.max():.3e}, 1 - cosine {cosine:.2e}"
@@ -97,6 +102,14 @@ class PagedCase:
         """Expected (out_TNL, lse_TN) in float64."""
         q_latent, q_rope, cache, *rest = self.arrays
         return reference.decode(q_latent.double(), q_rope.double(), cache.double(), *rest, **self.options)
+
+    def magnitude(self):
+        """Sum of |weight * value| behind each element of the output, [T, N, L], in float64."""
+        q_latent, q_rope, cache, *rest = (x.double() if x.is_floating_point() else x for x in self.arrays)
+        # Rows [|c|, c, r] and queries [0, q, q_r]: the scores are the same, the values are absolute.
+        rows = torch.cat([cache[..., : q_latent.shape[-1]].abs(), cache], -1)
+        query = torch.cat([q_latent, q_rope], -1)
+        return reference.decode(torch.zeros_like(q_latent), query, rows, *rest, **self.options)[0]
 
 
 def make_pool(rows_per_request, width: int, *, page_size: int, generator, page_gap: int = 0):

@@ -1,22 +1,26 @@
-"""Compile every Triton kernel for a GPU that is not there, exactly as `run` would launch it.
+"""Compile every GPU kernel for a GPU that is not there, exactly as `run` would launch it.
 
-    python compile_worker.py cuda 86        one JSON line for each compiled variant
+    python compile_worker.py cuda 86                 one JSON line for each compiled variant of every kernel
+    python compile_worker.py cuda 90 gluon_sm90      only these operations or kernels
 
 `run` is called for real, with CPU tensors, a made-up Device and a Triton driver that knows a target but launches
-nothing. So tile rules, constants and options are the ones that a user's machine would get. Must run without
-TRITON_INTERPRET.
+nothing. So tile rules, constants and options are the ones that a user's machine would get. Each line ends with the
+`faults` of what was compiled: none, or the test fails. Must run without TRITON_INTERPRET.
 """
 
 import contextlib
+import io
 import json
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -34,6 +38,34 @@ GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
 EVERY_VARIANT = "DeepSeek-V3 TP8"  # float16, float32 and every option are compiled for this one alone, to save time
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, "gfx942": 304}
 MAX_QUERY_LEN = 4
+# Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
+MOST_SPILLED = 1024
+# The Hopper kernel spills nothing, but for a few words outside of its loops where another Triton's ptxas decides so:
+# row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine pins yet).
+HOPPER_SPILLED = {"3.7": 16, "3.9": 128}
+SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
+
+# (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged. Heads, pages, rope, dtype and
+# ragged change the code: every value of each is here. Pages below 64 tokens take several boxes for a block, those above
+# begin inside one, and 1 and 48 are gathered row by row.
+BF16, FP16 = torch.bfloat16, torch.float16
+GLUON_SM90 = (
+    (16, 1, 64, 64, BF16),
+    (16, 4, 64, 64, FP16),
+    (16, [4, 1], 64, 64, BF16),
+    (16, 1, 64, 0, BF16),
+    (16, 1, 16, 64, BF16),
+    (5, [1, 4], 16, 0, FP16),
+    (128, 1, 64, 64, BF16),
+    (128, 4, 128, 0, FP16),
+    (128, 4, 32, 64, BF16),
+    (5, 4, 32, 0, BF16),
+    (5, 1, 128, 64, BF16),
+    (16, [1, 4], 128, 64, FP16),
+    (16, 1, 1, 64, BF16),
+    (5, [1, 4], 48, 0, BF16),
+)
+GATHERED = (1, 48)
 
 
 class TargetOnly:
@@ -53,18 +85,28 @@ class TargetOnly:
         return 0
 
 
+LOGS: dict[str, str] = {}  # by the hash of a kernel
+
+
 @contextlib.contextmanager
 def compiled_instead_of_launched(device: Device):
-    """Collect what every kernel launch compiles to, and launch nothing."""
+    """Collect (function, kernel, what ptxas said) of every kernel launch, and launch nothing. Gluon's functions are
+    JITFunctions too."""
     compiled = []
     launch = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.__name__, kernel.result() if hasattr(kernel, "result") else kernel))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+        # Triton compiles what it has compiled before only once, and a log is never empty.
+        log = LOGS.setdefault(kernel.hash, said.getvalue())
+        compiled.append((self.__name__, kernel, log))
         return kernel
 
     driver.set_active(TargetOnly(device))
+    # The log of Triton's own call of ptxas: the right one of its several tools, and the options that it gave.
+    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     JITFunction.run = compile_only
     try:
         yield compiled
@@ -72,16 +114,20 @@ def compiled_instead_of_launched(device: Device):
         JITFunction.run = launch
 
 
+def launch_case(run, case):
+    run(*case.arrays, **case.options)
+
+
 def launch_decode(run, geometry, dtype, every: bool):
     for query_len in (1, MAX_QUERY_LEN) if every else (1,):
         case = make_decode(geometry, [70, 1], query_lens=query_len, page_size=64, dtype=dtype, needles=False)
-        run(*case.arrays, **case.options)
+        launch_case(run, case)
 
 
 def launch_prefill(run, geometry, dtype, every: bool):
     for causal in (True, False) if every else (True,):
         case = make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False)
-        run(*case.arrays, **case.options)
+        launch_case(run, case)
 
 
 def _pool(geometry, dtype):
@@ -107,57 +153,113 @@ def launch_merge(run, geometry, dtype, every: bool):
     run(out, lse, out.clone(), lse.clone())
 
 
-def resources(kernel, device: Device) -> dict:
-    """Shared memory, registers and spilled bytes of one compiled kernel."""
+def resources(kernel, device: Device, log: str) -> dict:
+    """Shared memory, registers and spilled bytes of one compiled kernel, and whether its wgmma wait for one another."""
     found = {"shared": kernel.metadata.shared}
     if device.kind == "hip":
         text = kernel.asm["amdgcn"]
         found["registers"] = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", text)))
         found["spilled"] = 4 * max(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)))
         return found
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    found["registers"] = int(re.search(r"REG:(\d+)", text)[1])
-    found["spilled"] = int(re.search(r"STACK:(\d+)", text)[1])
+    found["registers"] = int(re.search(r"REG:(\d+)", on_cubin(kernel, "cuobjdump", "-res-usage"))[1])
+    found["spilled"] = int(re.search(r"(\d+) bytes stack frame", log)[1])
+    found["serialised"] = [line for line in log.splitlines() if SERIALISED.search(line)]
     return found
 
 
-def problems():
-    """(name of the geometry, problem, whether to compile every option)."""
+def on_cubin(kernel, tool: str, *options: str) -> str:
+    """What a tool that comes with Triton says about a kernel's machine code."""
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def instructions(kernel) -> dict:
+    """How often the instructions that matter on Hopper are in the machine code.
+
+    HGMMA and HMMA multiply matrices, a warpgroup's and a warp's. UTMALDG is TMA; ARRIVES tells a barrier of copies that
+    threads started. LDL and STL are spills.
+    """
+    names = re.findall(r"^\s*/\*\w+\*/\s+(?:@\S+\s+)?([A-Z]\w*)", on_cubin(kernel, "nvdisasm", "-c"), re.MULTILINE)
+    return {name: names.count(name) for name in ("HGMMA", "UTMALDG", "ARRIVES", "HMMA", "LDL", "STL")}
+
+
+def faults(row: dict) -> list[str]:
+    """What is wrong with one compiled kernel, "wanted, got"."""
+    wrong = []
+    if row["shared"] > row["limit"]:
+        wrong.append(f"at most {row['limit']} bytes of shared memory, got {row['shared']}")
+    most = HOPPER_SPILLED.get(triton.__version__[:3], 0) if row["kernel"] == "gluon_sm90" else MOST_SPILLED
+    if row["spilled"] > most:
+        wrong.append(f"at most {most} bytes spilled, got {row['spilled']}")
+    if row["kernel"] != "gluon_sm90":
+        return wrong
+    wrong += row["serialised"]
+    count = row["instructions"]
+    if row["function"] == "_decode_kernel":
+        copies = "ARRIVES" if row["page_size"] in GATHERED else "UTMALDG"
+        wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", copies) if not count[name]]
+    unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
+    wrong += [f"no {name} in the machine code, got {count[name]}" for name in unwanted if count[name]]
+    return wrong
+
+
+def problem_of(geometry: MLAGeometry, dtype: torch.dtype, page_size: int) -> Problem:
+    layout = CacheLayout(geometry=geometry, format=format_of(dtype), page_size=page_size)
+    return Problem(layout=layout, dtype=dtype, max_query_len=MAX_QUERY_LEN)
+
+
+def variants(operation: str, kernel: str):
+    """(name, problem, what launches the kernel for it)."""
+    if kernel == "gluon_sm90":
+        for heads, query_len, page_size, rope, dtype in GLUON_SM90:
+            geometry = MLAGeometry(
+                num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
+            )
+            case = make_decode(geometry, [70, 4], query_lens=query_len, page_size=page_size, dtype=dtype, needles=False)
+            tokens = "ragged" if isinstance(query_len, list) else f"query {query_len}"
+            name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}"
+            yield name, problem_of(geometry, dtype, page_size), partial(launch_case, case=case)
+        return
     for name, (heads, latent, nope, rope, v) in GEOMETRIES.items():
         every = name == EVERY_VARIANT
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        for dtype in (torch.bfloat16, torch.float16, torch.float32) if every else (torch.bfloat16,):
-            layout = CacheLayout(geometry=geometry, format=format_of(dtype), page_size=16)
-            yield name, Problem(layout=layout, dtype=dtype, max_query_len=MAX_QUERY_LEN), every
+        launch = globals()[f"launch_{operation}"]
+        for dtype in (BF16, FP16, torch.float32) if every else (BF16,):
+            yield name, problem_of(geometry, dtype, 16), partial(launch, geometry=geometry, dtype=dtype, every=every)
 
 
-def compile_operation(operation: str, device: Device):
-    """Rows that say what each variant of an operation's Triton kernel became on `device`."""
-    kernel = next(k for k in OPERATIONS[operation] if k.name.startswith("triton"))
+def compile_kernel(operation: str, kernel, device: Device):
+    """Rows that say what each variant of a kernel became on `device`."""
     kernel.load().device_of = lambda where: device
-    for name, problem, every in problems():
-        row = {"operation": operation, "geometry": name, "dtype": str(problem.dtype), "limit": device.shared_bytes}
+    for name, problem, launch in variants(operation, kernel.name):
+        row = {"operation": operation, "kernel": kernel.name, "variant": name, "dtype": str(problem.dtype)}
+        row["page_size"] = problem.layout.page_size
         if reasons := kernel.unsupported(problem, device):
             yield {**row, "refused": reasons}
             continue
         with compiled_instead_of_launched(device) as compiled:
-            globals()[f"launch_{operation}"](kernel.run, problem.geometry, problem.dtype, every)
-        for function, variant in compiled:
-            yield {**row, "function": function, **resources(variant, device)}
+            launch(kernel.run)
+        for function, variant, log in compiled:
+            row |= {"function": function, "limit": device.shared_bytes, **resources(variant, device, log)}
+            if kernel.name == "gluon_sm90":
+                row["instructions"] = instructions(variant)
+            yield {**row, "faults": faults(row)}
 
 
 def main(kind: str, arch: str, *only: str) -> None:
     arch = int(arch) if kind == "cuda" else arch
     device = Device(kind, arch, f"{kind} {arch}", SMS[arch])
-    for operation in only or OPERATIONS:
-        for row in compile_operation(operation, device):
-            print(json.dumps(row), flush=True)
+    for operation, kernels in OPERATIONS.items():
+        for kernel in kernels:
+            wanted = not only or operation in only or kernel.name in only
+            if wanted and not kernel.name.startswith("torch_"):
+                for row in compile_kernel(operation, kernel, device):
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

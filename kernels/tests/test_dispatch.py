@@ -1,6 +1,8 @@
 """Selection: best first, named never replaced, every reason told."""
 
+import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,8 @@ from mla_kernels import FORMATS, OPERATIONS, CacheLayout, Device, Kernel, MLAGeo
 from mla_kernels.device import device_of, interpreting
 
 H200 = Device("cuda", 90, "NVIDIA H200", 132)
+A100 = Device("cuda", 80, "NVIDIA A100", 108)
+B200 = Device("cuda", 100, "NVIDIA B200", 148)
 T4 = Device("cuda", 75, "Tesla T4", 40)
 MI300 = Device("hip", "gfx942", "AMD Instinct MI300X", 304)
 CPU = Device("cpu")
@@ -17,8 +21,8 @@ INTERPRETER = Device("cpu", interpreted=True)
 GEOMETRY = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
-def problem_for(dtype=torch.bfloat16, name="bf16", page_size=64, **more):
-    layout = CacheLayout(geometry=GEOMETRY, format=FORMATS[name], page_size=page_size)
+def problem_for(dtype=torch.bfloat16, name="bf16", page_size=64, geometry=GEOMETRY, **more):
+    layout = CacheLayout(geometry=geometry, format=FORMATS[name], page_size=page_size)
     return Problem(layout=layout, dtype=dtype, **more)
 
 
@@ -137,7 +141,8 @@ def test_unknown_operation_names_the_known_ones():
 
 @pytest.mark.parametrize("name", ["flashinfer", "", "mla_kernels.decode.triton_splitkv", "AUTO"])
 def test_unknown_kernel_names_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"unknown decode kernel .*; choose from auto, triton_splitkv, torch_decode"):
+    known = "auto, triton_splitkv, torch_decode, gluon_sm90"
+    with pytest.raises(ValueError, match=rf"unknown decode kernel .*; choose from {known}"):
         select("decode", PROBLEM, H200, kernel=name)
 
 
@@ -165,8 +170,8 @@ def test_unsupported_answers_without_the_device(operation, kernel):
 
 
 @pytest.mark.parametrize(("operation", "kernel"), CANDIDATES)
-def test_cpu_without_interpreter_refuses_triton(operation, kernel):
-    if not kernel.name.startswith("triton_"):
+def test_cpu_without_interpreter_refuses_gpu_kernels(operation, kernel):
+    if kernel.name.startswith("torch_"):
         assert kernel.unsupported(problem_for(torch.float32, "fp32"), CPU) == []
         return
     assert kernel.unsupported(problem_for(torch.float32, "fp32"), CPU) != []
@@ -185,6 +190,31 @@ def test_automatic_choice(operation):
     plain = select(operation, problem_for(torch.float32, "fp32"), CPU)
     assert plain.kernel.name.startswith("torch_")
     assert all(plain.refused.values())
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "reason"),
+    [
+        (problem_for(torch.float32, "fp32"), H200, "queries and cache must both be bfloat16 or both float16"),
+        (problem_for(geometry=replace(GEOMETRY, kv_lora_rank=256)), H200, "needs latent 512 .* got 256"),
+        (PROBLEM, A100, "needs sm_90, got NVIDIA A100 sm_80"),
+        (PROBLEM, B200, "needs sm_90, got NVIDIA B200 sm_100"),
+        (PROBLEM, MI300, "needs sm_90, got AMD Instinct MI300X gfx942"),
+        (problem_for(torch.float16, "fp16"), INTERPRETER, "needs sm_90, got cpu, Triton interpreter"),
+        (PROBLEM, replace(H200, interpreted=True), "Triton's interpreter does not run Gluon"),
+    ],
+    ids=str,
+)
+def test_hopper_kernel_says_where_it_does_not_fit(problem, device, reason):
+    with pytest.raises(UnsupportedMLA) as error:
+        select("decode", problem, device, kernel="gluon_sm90")
+    (only,) = str(error.value).splitlines()[1:]
+    assert re.search(f"gluon_sm90: .*{reason}", only)
+
+
+def test_hopper_kernel_takes_pages_of_any_size():
+    for page_size in (1, 16, 48, 64):
+        assert select("decode", problem_for(page_size=page_size), H200, kernel="gluon_sm90").kernel.name == "gluon_sm90"
 
 
 def test_problem_says_what_was_asked():

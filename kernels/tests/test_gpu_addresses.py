@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import OPERATIONS, MLAGeometry
+from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
 from mla_kernels.testing import make_decode, make_prefill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -12,9 +12,12 @@ GEOMETRY = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_
 FAR = 2**31 + 2**28  # elements
 
 
-def spread(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose first dimension has so large a stride that its last entries lie past FAR."""
-    stride = -(-FAR // (len(tensor) - 1) // 64) * 64
+def spread(tensor: torch.Tensor, multiple: int = 64) -> torch.Tensor:
+    """A copy whose first dimension has so large a stride that its last entries lie past FAR.
+
+    multiple: of what the stride is one.
+    """
+    stride = -(-FAR // (len(tensor) - 1) // multiple) * multiple
     storage = torch.full(
         (stride * (len(tensor) - 1) + tensor[0].numel(),), torch.nan, dtype=tensor.dtype, device="cuda"
     )
@@ -26,12 +29,18 @@ def triton_kernel(operation: str):
     return next(k for k in OPERATIONS[operation] if k.name.startswith("triton"))
 
 
-def test_decode_far_pages_queries_and_outputs():
-    case = make_decode(GEOMETRY, [700, 300], page_size=64, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("kernel", [k for k in OPERATIONS["decode"] if k.name[:5] != "torch"], ids=lambda k: k.name)
+@pytest.mark.parametrize(("page_size", "multiple"), [(64, 576), (16, 576), (64, 64)])
+def test_decode_far_pages_queries_and_outputs(kernel, page_size, multiple):
+    """Bulk copies see the pool as rows one token apart; where pages do not begin at a row, others take over."""
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(torch.bfloat16), page_size=page_size)
+    if reasons := kernel.unsupported(Problem(layout=layout, dtype=torch.bfloat16), device_of("cuda")):
+        pytest.skip("; ".join(reasons))
+    case = make_decode(GEOMETRY, [700, 300], page_size=page_size, dtype=torch.bfloat16, device="cuda")
     q_latent, q_rope, cache, *rest = case.arrays
-    run = triton_kernel("decode").run
+    run = kernel.run
     expected, expected_lse = run(*case.arrays, **case.options)
-    out, lse = run(q_latent, q_rope, spread(cache), *rest, **case.options)
+    out, lse = run(q_latent, q_rope, spread(cache, multiple), *rest, **case.options)
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse)
     far = spread(expected)

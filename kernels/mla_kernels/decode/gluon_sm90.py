@@ -1,0 +1,236 @@
+"""Absorbed decode for Hopper in Gluon: persistent, warp-specialised, one schedule for every batch.
+
+  1. One program an SM (and tile of 64 query rows) finds its share of the batch's blocks of 64 tokens from the lengths
+     on the device (schedule.py). One warp copies their cache rows into two buffers, one warpgroup multiplies queries
+     with keys and takes the online softmax, two multiply its weights with values, which are the latent part of the keys
+     in the same buffers (hopper_decode.py).
+  2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
+
+The same bits for the same batch, always. Not the same bits for a request in another batch: where it is cut depends on
+the others. That would need pieces whose size depends on the request alone, as many as it takes, dealt out to programs.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mla_kernels.device import Device, device_of
+from mla_kernels.hopper import SWIZZLED, barrier
+from mla_kernels.hopper_decode import (
+    HALF,
+    LATENT,
+    ROWS,
+    TILE,
+    Cache,
+    Shared,
+    accumulate,
+    attend,
+    gather_keys,
+    load_keys,
+)
+from mla_kernels.primitives import LOG2_E, require_adjacent
+from mla_kernels.schedule import BLOCK, share
+from mla_kernels.split_merge import merge_parts, plan_size
+
+# Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
+# request. Buffers in shared memory end in _s.
+
+_TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
+
+
+@gluon.jit(
+    do_not_specialize=["batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
+)
+def _decode_kernel(
+    k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table,
+    q_latent_ptr, q_rope_ptr, stride8_ql_t, stride8_ql_n, stride8_qr_t, stride8_qr_n,
+    seq_lens_ptr, query_start_ptr, query_len, batch, parts, scale_log2,
+    out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
+    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot,
+    N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
+    LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
+    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_s = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], SWIZZLED)
+    rope_s = gl.allocate_shared_memory(dtype, [2, BLOCK, TILE], SWIZZLED)
+    q_s = gl.allocate_shared_memory(dtype, [2, ROWS, HALF], SWIZZLED)
+    q_rope_s = gl.allocate_shared_memory(dtype, [ROWS, TILE], SWIZZLED)
+    weight_s = gl.allocate_shared_memory(dtype, [ROWS, BLOCK], SWIZZLED)
+    factor_s = gl.allocate_shared_memory(gl.float32, [ROWS], row_lay)
+    grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    for d in gl.static_range(4):
+        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
+        mbarrier.init(k_empty.index(d), count=1)
+    mbarrier.init(weight_full, count=1)
+    mbarrier.init(weight_empty, count=1)
+    fence_async_shared()
+
+    gdc_wait()  # nothing above reads what an earlier kernel wrote
+    gdc_launch_dependents()
+    part = gl.program_id(1)
+    shared, pieces, cuts, cuts_before = share(seq_lens_ptr, query_start_ptr, batch, part, parts, RAGGED)
+    if gl.program_id(0) == 0:  # split_merge.py says what this is
+        if part == 0:
+            gl.store(plan_ptr, cuts)
+        if pieces > 0:
+            entry = plan_ptr + 4 * (1 + cuts_before)
+            gl.store(entry, shared[2])
+            gl.store(entry + 1, part)
+            gl.store(entry + 2, pieces)
+    barrier()
+
+    work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
+    smem = Shared(k_s, rope_s, weight_s, factor_s, grew_s, k_full, k_empty, weight_full, weight_empty)
+    q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
+    lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
+    out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
+    cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
+    gl.warp_specialize(
+        [
+            (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER)),
+            (accumulate, (out, work, smem, N, RAGGED, GATHER)),
+            (gather_keys if GATHER else load_keys, (cache, work, smem, N, R, PAGE, RAGGED)),
+        ],
+        [8, LOADER_WARPS],
+        [160, LOADER_REGS],
+    )
+
+
+def unsupported(problem, device: Device) -> list[str]:
+    reasons = []
+    geometry, layout = problem.geometry, problem.layout
+    if device.kind != "cuda" or device.arch != 90:
+        reasons.append(f"needs sm_90, got {device}")
+    elif device.interpreted:
+        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
+    if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype != problem.dtype:
+        got = f"{problem.dtype} and {layout.format.dtype}"
+        reasons.append(f"queries and cache must both be bfloat16 or both float16, got {got}")
+    if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
+        reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
+    rows = geometry.num_heads * problem.max_query_len
+    if _row_tiles(rows) > device.num_sms:
+        reasons.append(f"needs heads x query tokens of {64 * device.num_sms} or less, got {rows}")
+    return reasons
+
+
+def _row_tiles(rows: int) -> int:
+    return -(-rows // ROWS.value)
+
+
+def _parts(rows: int, device: Device) -> int:
+    """Parts that the batch is cut into, so that every tile of query rows has one program for each."""
+    return max(1, device.num_sms // _row_tiles(rows))
+
+
+def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """(shape, dtype) of the scratch tensors that `run` takes: partial outputs, their base-2 LSE, the plan.
+
+    The same for any number of requests: 34 MiB at most on a GPU of 132 multiprocessors, 9 for 16 query rows.
+    """
+    heads = problem.geometry.num_heads
+    rows = max(_scratch_rows(heads * tokens, device) for tokens in range(1, problem.max_query_len + 1))
+    return _scratch_shapes(rows, device)
+
+
+def _scratch_rows(rows: int, device: Device) -> int:
+    return 2 * _parts(rows, device) * rows
+
+
+def _scratch_shapes(rows: int, device: Device):
+    plan = plan_size(device.num_sms)
+    return ((rows * LATENT.value,), torch.float32), ((rows,), torch.float32), ((plan,), torch.int32)
+
+
+def _in_16_bytes(q: torch.Tensor) -> torch.Tensor:
+    """`q`, or a copy if its rows do not begin at multiples of 16 bytes, which asynchronous copies need."""
+    fits = q.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in q.stride()[:-1])
+    return q if fits or q.numel() == 0 else q.clone(memory_format=torch.contiguous_format)
+
+
+def _describe(cache_AGK: torch.Tensor):
+    """(TMA descriptor of the pool as one long list of rows, rows from a page to the next); None where no box fits."""
+    pages, page_size, width = cache_AGK.shape
+    stride_page, stride_token = cache_AGK.stride(0), cache_AGK.stride(1)
+    if (page_size % BLOCK.value and page_size not in _TMA_SMALL_PAGES) or stride_page % stride_token:
+        return None, 0
+    page_rows = stride_page // stride_token
+    rows = cache_AGK.as_strided(((pages - 1) * page_rows + page_size, width), (stride_token, 1))
+    box = [min(page_size, BLOCK.value), TILE.value]
+    return TensorDescriptor.from_tensor(rows, box, SWIZZLED.value), page_rows
+
+
+def run(
+    q_latent_TNL,
+    q_rope_TNR,
+    cache_AGK,
+    block_table_BM,
+    seq_lens_B,
+    *,
+    scale,
+    query_len=1,
+    query_start_B1=None,
+    out_TNL=None,
+    lse_TN=None,
+    workspace=None,
+):
+    """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
+    T, N, L = q_latent_TNL.shape
+    B, R = seq_lens_B.shape[0], q_rope_TNR.shape[-1]
+    ragged = query_start_B1 is not None
+    if not ragged and query_len * B != T:
+        raise ValueError(f"{B} requests of {query_len} query tokens need {query_len * B} queries, got {T}")
+    require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
+    if cache_AGK.data_ptr() % 16 or cache_AGK.stride(0) % 8 or cache_AGK.stride(1) % 8:
+        raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
+    device = device_of(cache_AGK)
+    if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
+        out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
+    if lse_TN is None:
+        lse_TN = torch.empty(T, N, dtype=torch.float32, device=q_latent_TNL.device)
+        if ragged:
+            lse_TN.fill_(-torch.inf)
+    if B == 0 or T == 0:
+        return out_TNL, lse_TN
+
+    rows = query_len * N
+    parts = _parts(rows, device)
+    shapes = _scratch_shapes(_scratch_rows(rows, device), device)
+    if workspace is None:
+        workspace = tuple(torch.empty(shape, dtype=dtype, device=cache_AGK.device) for shape, dtype in shapes)
+    for tensor, (shape, dtype) in zip(workspace, shapes, strict=True):
+        if tensor.numel() < shape[0] or tensor.dtype != dtype:
+            raise ValueError(f"scratch of {shape[0]} {dtype} needed, got {tensor.numel()} {tensor.dtype}")
+    part, part_lse, plan = workspace
+
+    q_latent, q_rope = _in_16_bytes(q_latent_TNL), _in_16_bytes(q_rope_TNR)
+    k_desc, page_rows = _describe(cache_AGK)
+    gather = k_desc is None
+    page_size = cache_AGK.shape[1]
+    starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
+    _decode_kernel[(_row_tiles(rows), parts)](
+        k_desc, page_rows, cache_AGK, cache_AGK.stride(0) // 8, cache_AGK.stride(1) // 8,
+        block_table_BM, block_table_BM.stride(0),
+        q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
+        seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value,
+        out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1),
+        part, part_lse, plan, rows,
+        N=N, R=R, PAGE=page_size, RAGGED=ragged, GATHER=gather,
+        LOADER_WARPS=4 if gather else 1, LOADER_REGS=32 if gather or page_size < 64 else 24,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    merge_parts(
+        out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
+        query_len=query_len, rows=rows, max_cuts=min(B, parts), num_sms=device.num_sms, overlap=True,
+    )  # fmt: skip
+    return out_TNL, lse_TN

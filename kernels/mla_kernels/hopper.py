@@ -1,0 +1,32 @@
+"""Gluon under one name in every Triton from 3.6 to 3.9, and two small tools for kernels on Hopper."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+
+# Triton 3.8 renamed these; 3.9 refuses the old names. Remove the old ones with Triton 3.7.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps that run the same role
+
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+
+
+@gluon.jit
+def uniform(x):
+    """`x`, which all threads of a warp agree on, told to the assembler: it then computes what follows from it, such as
+    matrix descriptors, in uniform registers. Without, four moves to those stood between any two matrix instructions."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def ring(position):
+    """(buffer, phase parity, zero) of the position-th use of two buffers.
+
+    The zero is one that the compiler cannot see. Where it indexes a buffer that never changes, descriptors of that
+    buffer are computed beside the instruction that takes them, not ahead of the loop, which has no registers for them.
+    """
+    position = uniform(position)
+    return position & 1, (position >> 1) & 1, position >> 30

@@ -1,0 +1,352 @@
+"""The roles of the Hopper decode kernel: who copies cache rows, who takes the softmax, who adds up values.
+
+All loop over the part's pieces of requests in the same order (schedule.py) and meet at barriers only:
+
+  load_keys or gather_keys   fills k, half a block at a time, when it is empty
+  attend                     scores of a block (query times k), softmax weights into `weight`
+  accumulate                 output += weight times the latent part of k, which is then empty
+
+In names: `row` = query token within the request * N + head. A stage is one of two blocks in shared memory.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mla_kernels.hopper import barrier, cp_async, ring, tma_load
+from mla_kernels.primitives import LN_2
+from mla_kernels.schedule import BLOCK, piece
+
+ROWS = gl.constexpr(64)  # of a query tile: what one matrix instruction takes
+LATENT, HALF, TILE = gl.constexpr(512), gl.constexpr(256), gl.constexpr(64)  # columns: of a row, a buffer, a TMA box
+# The accumulators' layout, but with four neighbouring columns in a thread: threads of a quad exchange what they hold.
+WIDE = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0], [0, 128]],
+        block_bases=[],
+        shape=[64, 256],
+    )
+)
+LAZY = gl.constexpr(8.0)  # binary orders that scores may outgrow their reference before outputs are rescaled
+NOTHING = gl.constexpr(-1e30)  # reference of a row that has seen no key: finite, so that differences are numbers
+
+
+class Shared(NamedTuple):
+    """What the roles share: buffers, and barriers that say when they are full or empty."""
+
+    k: object  # [4, 64, 256], latent part of two blocks, a half at a time
+    k_rope: object  # [2, 64, 64]
+    weight: object  # [64, 64], softmax weights of a block
+    factor: object  # [64], what outputs have to be multiplied with before the block
+    grew: object  # [1], whether anything has to
+    k_full: object
+    k_empty: object
+    weight_full: object
+    weight_empty: object
+
+
+class Cache(NamedTuple):
+    """The paged cache: as a TMA descriptor of rows, or as a pointer with strides in 16 bytes."""
+
+    desc: object
+    page_rows: object
+    ptr: object
+    stride8_page: object
+    stride8_token: object
+    table_ptr: object
+    stride_table: object
+
+
+@gluon.jit
+def _load_block(b, page, block, seq_len, table, cache, smem, R: gl.constexpr, PAGE: gl.constexpr):
+    """Copy a block's cache rows by TMA, once its two halves are free."""
+    BOX: gl.constexpr = min(PAGE, 64)
+    BOXES: gl.constexpr = 64 // min(PAGE, 64)
+    stage, phase, _ = ring(block)
+    for half in gl.static_range(2):
+        ready = smem.k_full.index(2 * stage + half)
+        mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
+        mbarrier.expect(ready, 64 * 256 * 2 + (64 * 64 * 2 if half == 1 and R > 0 else 0))
+        for u in gl.static_range(BOXES):
+            row = page * cache.page_rows + (b * BLOCK) % PAGE
+            if BOXES > 1:  # pages past the end are nobody's: take one that is there
+                row = gl.load(table + gl.minimum(b * BLOCK + u * BOX, seq_len - 1) // PAGE) * cache.page_rows
+            for c in gl.static_range(4):
+                target = smem.k.index(2 * stage + half).slice(c * TILE, TILE, dim=1)
+                if BOXES > 1:
+                    target = target.slice(u * BOX, BOX, dim=0)
+                tma_load(cache.desc, [row, half * HALF + c * TILE], ready, target)
+            if half == 1 and R > 0:
+                target = smem.k_rope.index(stage)
+                if BOXES > 1:
+                    target = target.slice(u * BOX, BOX, dim=0)
+                tma_load(cache.desc, [row, LATENT], ready, target)
+
+
+@gluon.jit
+def load_keys(
+    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """One warp: cache rows of every block into the buffers, by TMA."""
+    shared, lengths = work
+    row0 = gl.program_id(0) * ROWS
+    block = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED)
+        table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
+        if begin < end:
+            # Page numbers are read two blocks ahead: nothing below waits for them.
+            page0 = gl.load(table + begin * BLOCK // PAGE)
+            page1 = gl.load(table + gl.minimum(begin + 1, end - 1) * BLOCK // PAGE)
+            for b in range(begin, end):
+                page2 = gl.load(table + gl.minimum(b + 2, end - 1) * BLOCK // PAGE)
+                _load_block(b, page0, block, seq_len, table, cache, smem, R, PAGE)
+                page0 = page1
+                page1 = page2
+                block += 1
+
+
+@gluon.jit
+def gather_keys(
+    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the same row by row, for pages that no TMA box fits."""
+    shared, lengths = work
+    row0 = gl.program_id(0) * ROWS
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    t = gl.arange(0, BLOCK, gl.SliceLayout(1, lay))
+    c = gl.arange(0, HALF, gl.SliceLayout(0, lay))
+    r = gl.arange(0, TILE, gl.SliceLayout(0, lay))
+    block = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED)
+        table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
+        for b in range(begin, end):
+            position = b * BLOCK + t
+            real = position < seq_len
+            page = gl.load(table + position // PAGE, mask=real, other=0).to(gl.int64)
+            row = cache.ptr + (page * cache.stride8_page + (position % PAGE) * cache.stride8_token) * 8
+            stage, phase, _ = ring(block)
+            for half in gl.static_range(2):
+                mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
+                cp_async(smem.k.index(2 * stage + half), row[:, None] + (half * HALF + c)[None, :], mask=real[:, None])
+                if half == 1 and R > 0:
+                    cp_async(smem.k_rope.index(stage), row[:, None] + (LATENT + r)[None, :], mask=real[:, None])
+                async_copy.mbarrier_arrive(smem.k_full.index(2 * stage + half), increment_count=False)
+            block += 1
+
+
+@gluon.jit
+def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying columns column .. column + WIDTH - 1 of a tile's query rows."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, lay))
+    r = token * N + row + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def _quad_sums(x):
+    """Sums of a [64, 64] tile's rows, as far as a thread can add alone: [64, 4]."""
+    return gl.sum(gl.sum(x.reshape([64, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _attend_block(
+    b, top, total, block, message, sees, all_see, scale_log2, q_s, q_rope, smem,
+    R: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
+
+    The reference may lag behind the largest score by LAZY, so weights need not wait for the maximum and outputs are
+    seldom rescaled (as FlashAttention-4 does).
+    """
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    s = gl.zeros([ROWS, BLOCK], gl.float32, s_lay)
+    stage, phase, zero = ring(block)
+    for half in gl.static_range(2):
+        mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
+        if GATHER:
+            fence_async_shared()  # rows came by ordinary writes
+        keys = smem.k.index(2 * stage + half).permute((1, 0))
+        s = warpgroup_mma(q_s.index(zero + half), keys, s, use_acc=half > 0, is_async=True)
+    if R > 0:
+        s = warpgroup_mma(q_rope, smem.k_rope.index(stage).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if (b + 1) * BLOCK > all_see:
+        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, s_lay))
+        s = gl.where(position[None, :] <= sees[:, None], s, float("-inf"))
+    weight = gl.exp2(s * scale_log2 - top[:, None])
+    sums = _quad_sums(weight)
+    high = gl.max(s, 1) * scale_log2
+    grows = high > top + LAZY
+    grew = gl.max(grows.to(gl.int32), 0)
+    mbarrier.wait(smem.weight_empty, (message & 1) ^ 1)
+    smem.weight.store(weight.to(smem.weight.dtype))
+    if grew > 0:
+        new_top = gl.where(grows, high, top)
+        rescale = gl.exp2(top - new_top)
+        weight = gl.exp2(s * scale_log2 - new_top[:, None])
+        sums = _quad_sums(weight)
+        total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
+        top = new_top
+        smem.weight.store(weight.to(smem.weight.dtype))
+        smem.factor.store(rescale)
+    smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
+    fence_async_shared()
+    mbarrier.arrive(smem.weight_full, count=1)
+    return top, total + sums
+
+
+@gluon.jit
+def attend(
+    q, lse, scale_log2, work, smem,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
+    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
+    shared, lengths = work
+    row0 = gl.program_id(0) * ROWS
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
+    i = gl.arange(0, ROWS, row_lay)
+    block = 0
+    message = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, token, tokens, rows, slot = piece(
+            request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
+        )
+        if rows > 0:
+            for half in gl.static_range(2):
+                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
+            if R > 0:
+                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            fence_async_shared()
+            barrier()
+            q_rope = q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
+            all_see = seq_len - tokens + 1
+            sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
+            top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
+            total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
+            for b in range(begin, end):
+                top, total = _attend_block(
+                    b, top, total, block, message, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER
+                )
+                block += 1
+                message += 1
+            sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
+            safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
+            mbarrier.wait(smem.weight_empty, (message & 1) ^ 1)
+            smem.factor.store(1.0 / safe)
+            mbarrier.arrive(smem.weight_full, count=1)
+            message += 1
+            row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
+            if slot < 0:
+                r = token * N + row0 + i
+                at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
+                gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
+            else:
+                gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
+
+
+@gluon.jit
+def _zero_tail(buffer, valid):
+    """Zero the rows of a [64, 256] buffer from `valid` on: no request owns them, and 0 * NaN is NaN."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    row = gl.arange(0, 16, gl.SliceLayout(1, lay))
+    for u in gl.static_range(4):
+        part = buffer.slice(u * 16, 16, dim=0)
+        part.store(gl.where((u * 16 + row < valid)[:, None], part.load(lay), 0.0))
+
+
+@gluon.jit
+def _accumulate_block(b, acc0, acc1, block, message, seq_len, smem, GATHER: gl.constexpr):
+    """Add block `b`'s weights times values to the accumulators of the two halves of the columns."""
+    row_lay: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
+    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    stage, phase, _ = ring(block)
+    mbarrier.wait(smem.weight_full, message & 1)
+    if (b + 1) * BLOCK > seq_len:
+        for half in gl.static_range(2):
+            mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
+            _zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
+        fence_async_shared()
+        barrier()
+    if GATHER:
+        fence_async_shared()  # rows came by ordinary writes
+    if gl.max(smem.grew.load(flag_lay), 0) > 0:
+        rescale = smem.factor.load(row_lay)[:, None]
+        acc0 = acc0 * rescale
+        acc1 = acc1 * rescale
+    acc0 = warpgroup_mma(smem.weight, smem.k.index(2 * stage), acc0, is_async=True)
+    acc1 = warpgroup_mma(smem.weight, smem.k.index(2 * stage + 1), acc1, is_async=True)
+    acc0 = warpgroup_mma_wait(1, deps=[acc0])
+    mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
+    acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
+    mbarrier.arrive(smem.weight_empty, count=1)
+    return acc0, acc1
+
+
+@gluon.jit
+def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr):
+    """Write the rows of a [64, 256] accumulator that are queries, four values of a thread side by side.
+
+    Row r is token + r // N and head r % N, computed from one number that no compiler can keep in registers meanwhile.
+    """
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    r = token * N + row0 + i
+    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
+    pointer = ptr + at_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, WIDE))[None, :]
+    gl.store(pointer, gl.convert_layout(acc, WIDE).to(ptr.dtype.element_ty), mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def accumulate(out, work, smem, N: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr):
+    """Two warpgroups: weights times values. Each holds 128 columns of either half of the output."""
+    out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
+    shared, lengths = work
+    row0 = gl.program_id(0) * ROWS
+    o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
+    row_lay: gl.constexpr = gl.SliceLayout(1, o_lay)
+    block = 0
+    message = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, token, _, rows, slot = piece(
+            request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
+        )
+        if rows > 0:
+            acc0 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
+            acc1 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
+            for b in range(begin, end):
+                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, message, seq_len, smem, GATHER)
+                block += 1
+                message += 1
+            mbarrier.wait(smem.weight_full, message & 1)
+            last = smem.factor.load(row_lay)[:, None]
+            mbarrier.arrive(smem.weight_empty, count=1)
+            message += 1
+            acc0 = acc0 * last
+            acc1 = acc1 * last
+            if slot < 0:
+                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N)
+                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N)
+            else:
+                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1)
+                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1)

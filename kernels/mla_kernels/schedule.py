@@ -1,0 +1,135 @@
+"""Cutting a batch's cache evenly over the GPU, on the device: the work of every program of a persistent decode kernel.
+
+All requests' blocks of 64 tokens, one request after the other, are a line; part p of a launch works on blocks
+[p * size, (p + 1) * size) of it. So a part has whole requests and at most two that were cut: one that it goes on with
+and one that it begins. What it computes of those goes to slots 2 * part and 2 * part + 1 of the scratch, to be merged.
+Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+BLOCK = gl.constexpr(64)  # tokens of a block
+CHUNK = gl.constexpr(128)  # requests looked at at once
+TRIES = gl.constexpr(8)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
+
+
+@gluon.jit
+def _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED: gl.constexpr):
+    """(is a request, its blocks) of CHUNK requests. An empty request counts as one: somebody must write its zeros."""
+    lay: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])  # every warp holds all: sums need no barrier
+    r = first + gl.arange(0, CHUNK, lay)
+    here = r < batch
+    lens = gl.load(seq_lens_ptr + r, mask=here, other=0)
+    if RAGGED:
+        start = gl.load(query_start_ptr + r, mask=here, other=0)
+        here = here & (gl.load(query_start_ptr + r + 1, mask=here, other=0) > start)
+    return r < batch, gl.where(here, gl.maximum((lens + BLOCK - 1) // BLOCK, 1), 0)
+
+
+@gluon.jit
+def _fewest_cuts(size, seq_lens_ptr, query_start_ptr, batch, parts, RAGGED: gl.constexpr):
+    """`size` or a little more, whichever makes the sum of a part's blocks and the cost of its cuts least."""
+    lay: gl.constexpr = gl.BlockedLayout([1, TRIES], [32, 1], [4, 1], [1, 0])
+    tries = size + gl.arange(0, TRIES, gl.SliceLayout(0, lay)) * gl.maximum(size // 32, 1)
+    cuts = gl.zeros([TRIES], gl.int32, gl.SliceLayout(0, lay))
+    before = 0
+    for first in range(0, batch, CHUNK):
+        _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
+        end = gl.convert_layout(before + gl.associative_scan(cost, 0, _add), gl.SliceLayout(1, lay))[:, None]
+        begin = end - gl.convert_layout(cost, gl.SliceLayout(1, lay))[:, None]
+        cuts += gl.sum(gl.where(end > begin, (end - 1) // tries[None, :] - begin // tries[None, :], 0), 0)
+        before += gl.sum(cost, 0)
+    # A cut costs its two sides about two blocks together: pipelines drain and fill, partial answers travel.
+    score = tries * 1024 + cuts * 2048 // parts
+    return gl.min(gl.where(score == gl.min(score, 0), tries, 1 << 30), 0)
+
+
+@gluon.jit
+def share(seq_lens_ptr, query_start_ptr, batch, part, parts, RAGGED: gl.constexpr):
+    """What part `part` of `parts` works on, computed by four warps.
+
+    Returns (first request, its first block, last request, its end block), and about cut requests: into how many parts
+    the last one is cut if it begins here and goes on elsewhere (else 0), how many there are, and how many before the
+    last one. No work: the last request is before the first.
+    """
+    total = 0
+    for first in range(0, batch, CHUNK):
+        _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
+        total += gl.sum(cost, 0)
+    size = gl.maximum((total + parts - 1) // parts, 1)
+    if size >= 16:  # below, looking for better takes longer than it saves
+        size = _fewest_cuts(size, seq_lens_ptr, query_start_ptr, batch, parts, RAGGED)
+
+    begin_of_part = part * size
+    end_of_part = gl.minimum(begin_of_part + size, total)
+    before = 0
+    first_request = 0
+    first_block = begin_of_part
+    last_request = 0
+    last_start = 0
+    last_cost = 0
+    cuts = 0
+    cuts_before = 0
+    for first in range(0, batch, CHUNK):
+        real, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
+        end = before + gl.associative_scan(cost, 0, _add)
+        passed = ((end <= begin_of_part) & real).to(gl.int32)
+        done = ((end < end_of_part) & real).to(gl.int32)
+        last = ((end >= end_of_part) & (end - cost < end_of_part)).to(gl.int32)
+        cut = ((end - 1) // size > (end - cost) // size).to(gl.int32)
+        sums = gl.reduce((passed, passed * cost, done, done * cost, last * cost, cut, cut * done), 0, _add7)
+        first_request += sums[0]
+        first_block -= sums[1]
+        last_request += sums[2]
+        last_start += sums[3]
+        last_cost += sums[4]
+        cuts += sums[5]
+        cuts_before += sums[6]
+        if first + CHUNK < batch:
+            before += gl.sum(cost, 0)
+    end_block = end_of_part - last_start
+    pieces = 0
+    if begin_of_part >= total:
+        last_request = first_request - 1
+    else:
+        if (last_start >= begin_of_part) & (end_block < last_cost):
+            pieces = (last_start + last_cost - 1) // size - part + 1
+    return (first_request, first_block, last_request, end_block), pieces, cuts, cuts_before
+
+
+@gluon.jit
+def piece(request, shared, lengths, part, row0, N: gl.constexpr, ROWS: gl.constexpr, RAGGED: gl.constexpr):
+    """What part `part` has of a request, for the tile of ROWS query rows from `row0` on.
+
+    lengths: (seq_lens_ptr, query_start_ptr, query_len).  N: heads; query row r is token r // N and head r % N.
+    Returns (first block, end block, cached tokens, first query token, query tokens, rows of the tile that are queries,
+    slot of the partial answer or -1).
+    """
+    first_request, first_block, last_request, end_block = shared
+    seq_lens_ptr, query_start_ptr, query_len = lengths
+    seq_len = gl.load(seq_lens_ptr + request)
+    if RAGGED:
+        token = gl.load(query_start_ptr + request)
+        tokens = gl.load(query_start_ptr + request + 1) - token
+    else:
+        token = request * query_len
+        tokens = query_len
+    blocks = (seq_len + BLOCK - 1) // BLOCK
+    cost = gl.maximum(blocks, 1)
+    begin = gl.where(request == first_request, first_block, 0)
+    end = gl.where(request == last_request, end_block, cost)
+    slot = gl.where(begin > 0, 2 * part, gl.where(end < cost, 2 * part + 1, -1))
+    rows = gl.minimum(gl.minimum(tokens, query_len) * N - row0, ROWS)  # more than announced have no scratch
+    end = gl.where(rows > 0, gl.minimum(end, blocks), begin)
+    return begin, end, seq_len, token, tokens, rows, slot

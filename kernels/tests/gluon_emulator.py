@@ -1,0 +1,338 @@
+"""Run a Gluon kernel for Hopper on a CPU, roles as threads: what it computes and where it would hang, not how fast.
+
+Triton's interpreter does not take Gluon. But a Gluon kernel is Python text, and what it calls is little: this gives
+those names meanings in numpy and executes the text itself. Layouts mean nothing here (they change no value), nor do
+fences. Timing is chosen against the kernel: copies arrive at once, matrix instructions read their operands only when
+they are waited for, shared memory begins as NaN, reads and writes outside of a tensor raise, and a barrier that nobody
+completes is a test failure. float16 only: numpy has no bfloat16.
+"""
+
+import functools
+import importlib.util
+import itertools
+import pathlib
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+
+PATIENCE = 20  # seconds that a role waits at a barrier before it is called a deadlock
+
+
+class Int(int):
+    """A scalar: an int with the methods of a Gluon one."""
+
+    def to(self, dtype):
+        return self
+
+
+class Tensor(np.ndarray):
+    type = SimpleNamespace(layout=None)
+
+    def to(self, dtype):
+        return self.astype(dtype)
+
+
+def _tensor(x):
+    x = np.asarray(x)
+    if x.ndim == 0 and x.dtype.kind in "iub":
+        return Int(x)
+    return x.view(Tensor)
+
+
+class _ConstInt(int):
+    value = property(int)
+
+
+class _ConstFloat(float):
+    value = property(float)
+
+
+def constexpr(x):
+    return _ConstInt(x) if isinstance(x, int) else _ConstFloat(x) if isinstance(x, float) else SimpleNamespace(value=x)
+
+
+class Pointer:
+    """Addresses into the memory of one torch tensor."""
+
+    def __init__(self, memory, offset):
+        self.memory, self.offset = memory, offset
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor):
+        size = tensor.untyped_storage().nbytes() // tensor.itemsize
+        return cls(tensor.detach().as_strided((size,), (1,), 0).numpy(), tensor.storage_offset())
+
+    def __add__(self, offset):
+        return Pointer(self.memory, self.offset + np.asarray(offset, dtype=np.int64))
+
+    def __getitem__(self, key):
+        return Pointer(self.memory, self.offset[key])
+
+    def reach(self, mask):
+        offset = np.asarray(self.offset)
+        mask = np.broadcast_to(True if mask is None else mask, offset.shape)
+        wrong = mask & ((offset < 0) | (offset >= len(self.memory)))
+        assert not wrong.any(), f"{int(wrong.sum())} addresses outside of a tensor"
+        return np.where(mask, offset, 0), mask
+
+
+class Memory:
+    """A buffer in shared memory, or a view of one."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, array.dtype
+
+    def index(self, i):
+        return Memory(self.array[i])
+
+    def slice(self, start, length, dim=0):
+        return Memory(self.array[(slice(None),) * dim + (slice(start, start + length),)])
+
+    def permute(self, order):
+        return Memory(self.array.transpose(order))
+
+    def load(self, layout):
+        return _tensor(self.array.copy())
+
+    def store(self, value):
+        assert np.shape(value) == self.array.shape
+        self.array[...] = value
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all arrivals and all announced bytes have come."""
+
+    changed = threading.Condition()
+
+    def __init__(self):
+        self.count = self.pending = self.bytes = self.phase = 0
+
+    def _change(self, arrivals=0, num_bytes=0):
+        with Barrier.changed:
+            self.pending -= arrivals
+            self.bytes += num_bytes
+            assert self.pending >= 0, "more arrivals than a phase has"
+            if self.pending == 0 and self.bytes == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+                Barrier.changed.notify_all()
+
+
+class Barriers(list):
+    index = list.__getitem__
+
+
+def _one(barrier) -> Barrier:
+    return barrier[0] if isinstance(barrier, Barriers) else barrier
+
+
+def _init(barrier, count):
+    _one(barrier).count = _one(barrier).pending = count
+
+
+def _wait(barrier, parity):
+    barrier = _one(barrier)
+    with Barrier.changed:
+        assert Barrier.changed.wait_for(lambda: barrier.phase & 1 != parity, PATIENCE), "a role waits for ever"
+
+
+mbarrier = SimpleNamespace(
+    MBarrierLayout=lambda: "barriers",
+    init=_init,
+    wait=_wait,
+    arrive=lambda barrier, count=1: _one(barrier)._change(count),
+    expect=lambda barrier, num_bytes: _one(barrier)._change(1, num_bytes),
+)
+
+
+class Product:
+    """A matrix instruction on its way: it reads when it is waited for."""
+
+    type = SimpleNamespace(layout=None)
+
+    def __init__(self, a, b, acc, use_acc):
+        self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
+
+    def result(self):
+        a, b = (x.array if isinstance(x, Memory) else x for x in (self.a, self.b))
+        assert a.dtype == b.dtype == np.float16
+        product = a.astype(np.float32) @ b.astype(np.float32)
+        acc = self.acc.result() if isinstance(self.acc, Product) else self.acc
+        return _tensor(product + acc if self.use_acc else product)
+
+
+def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
+    assert is_async
+    return Product(a, b, acc, use_acc)
+
+
+def warpgroup_mma_wait(num_outstanding, deps):
+    done = tuple(dep.result() for dep in deps)
+    return done[0] if len(done) == 1 else done
+
+
+class TensorDescriptor:
+    def __init__(self, array, box):
+        self.array, self.box = array, box
+
+    @classmethod
+    def from_tensor(cls, tensor, box, layout):
+        return cls(tensor.numpy(), box)
+
+
+def _tma_load(desc, at, barrier, target):
+    """Elements outside of the tensor are zeros."""
+    (row, column), (rows, columns) = at, desc.box
+    assert 0 <= row < desc.array.shape[0]
+    box = np.zeros((rows, columns), desc.array.dtype)
+    inside = desc.array[row : row + rows, column : column + columns]
+    box[: inside.shape[0], : inside.shape[1]] = inside
+    target.store(box)
+    _one(barrier)._change(0, -box.nbytes)
+
+
+def _cp_async(target, pointer, mask=None):
+    offset, mask = pointer.reach(mask)
+    target.store(np.where(mask, pointer.memory[offset], 0))
+
+
+def _load(pointer, mask=None, other=0):
+    offset, mask = pointer.reach(mask)
+    return _tensor(np.where(mask, pointer.memory[offset], other).astype(pointer.memory.dtype))
+
+
+def _store(pointer, value, mask=None):
+    offset, mask = pointer.reach(mask)
+    value = np.broadcast_to(value, offset.shape)
+    pointer.memory[offset[mask]] = value[mask].astype(pointer.memory.dtype)
+
+
+def _allocate(dtype, shape, layout):
+    if layout == "barriers":
+        return Barriers(Barrier() for _ in range(shape[0]))
+    return Memory(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -1, dtype))
+
+
+def _reduce(tensors, axis, combine):
+    assert axis == 0
+    rows = zip(*(np.asarray(t).tolist() for t in tensors), strict=True)
+    return tuple(Int(x) for x in functools.reduce(lambda a, b: combine(*a, *b), rows))
+
+
+PROGRAM = [0, 0]
+
+
+def _warp_specialize(roles, num_warps, num_regs):
+    failures = []
+
+    def play(role, args):
+        try:
+            with np.errstate(all="ignore"):
+                role(*args)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=play, args=role) for role in roles]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _elementwise(function):
+    return lambda *args: _tensor(function(*(np.asarray(x) for x in args)))
+
+
+gl = SimpleNamespace(
+    constexpr=constexpr, static_range=range, float32=np.float32, int32=np.int32, int64=np.int64,
+    NVMMASharedLayout=lambda **_: "shared", SwizzledSharedLayout=lambda *_: "shared", BlockedLayout=lambda *_: None,
+    NVMMADistributedLayout=lambda *_: None, DistributedLinearLayout=lambda **_: None, SliceLayout=lambda *_: None,
+    DotOperandLayout=lambda *_: None, arange=lambda begin, end, layout: _tensor(np.arange(begin, end, dtype=np.int32)),
+    zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)),
+    full=lambda shape, value, dtype, layout: _tensor(np.full(shape, value, dtype)),
+    load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.maximum),
+    minimum=_elementwise(np.minimum), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2),
+    sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
+    max=lambda x, axis: _tensor(np.max(np.asarray(x), axis)), min=lambda x, axis: _tensor(np.min(np.asarray(x), axis)),
+    reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),
+    associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
+    allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
+    inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],  # there is one, and it gives its operand back
+)  # fmt: skip
+
+
+class Kernel:
+    """What @gluon.jit makes of a function."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, launch_pdl, **constants):
+            args = [Pointer.of(x) if isinstance(x, torch.Tensor) else Int(x) if type(x) is int else x for x in args]
+            for PROGRAM[1], PROGRAM[0] in itertools.product(range(grid[1]), range(grid[0])):
+                with np.errstate(all="ignore"):
+                    self.function(*args, **constants)
+
+        return launch
+
+
+def jit(function=None, **options):
+    return Kernel(function) if function else Kernel
+
+
+def _modules():
+    tools = {
+        "async_copy": SimpleNamespace(
+            async_load=_cp_async,
+            commit_group=lambda: None,
+            wait_group=lambda n: None,
+            mbarrier_arrive=lambda barrier, increment_count: barrier._change(128),
+        ),
+        "fence_async_shared": lambda: None,
+        "mbarrier": mbarrier,
+        "tma": SimpleNamespace(async_load=_tma_load),
+        "warpgroup_mma": warpgroup_mma,
+        "warpgroup_mma_wait": warpgroup_mma_wait,
+    }
+    yield "triton.experimental", {"gluon": SimpleNamespace(jit=jit)}
+    yield "triton.experimental.gluon", {"language": gl}
+    yield "triton.experimental.gluon.language.nvidia.hopper", tools
+    yield "triton.experimental.gluon.nvidia.hopper", {"TensorDescriptor": TensorDescriptor}
+    yield "triton.language.extra.cuda", {"gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None}
+
+
+def emulated(*names: str, edits: dict[str, str] | None = None) -> list[ModuleType]:
+    """Modules with the emulator in Gluon's place. Nobody else will find these, or the emulator.
+
+    edits: text to replace in their sources, each exactly once: for tests of the tests.
+    """
+    before, edits, modules = dict(sys.modules), dict(edits or {}), []
+    for name, content in _modules():
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__dict__.update(content)
+    try:
+        for name in names:
+            path = pathlib.Path(importlib.util.find_spec(name).origin)
+            source = path.read_text()
+            for old in [old for old in edits if old in source]:
+                assert source.count(old) == 1, f"{old!r} stands in {path.name} {source.count(old)} times"
+                source = source.replace(old, edits.pop(old))
+            module = ModuleType(name)
+            module.range = lambda *bounds: map(Int, range(*bounds))
+            sys.modules[name] = module
+            exec(compile(source, path, "exec"), module.__dict__)
+            modules.append(module)
+    finally:
+        sys.modules.clear()
+        sys.modules.update(before)
+    assert not edits, f"nothing to replace: {list(edits)}"
+    return modules

@@ -1,0 +1,137 @@
+"""The text of the Hopper decode kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
+
+import gluon_emulator
+import pytest
+import torch
+from gluon_emulator import emulated
+
+import mla_kernels.primitives as primitives
+import mla_kernels.split_merge as split_merge
+from mla_kernels import Device, MLAGeometry
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
+
+MODULES = ("hopper", "schedule", "hopper_decode", "decode.gluon_sm90")
+GPU = Device("cuda", 90, "a small Hopper", 5)
+
+
+def build(**edits):
+    *_, roles, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
+    roles.LN_2 = primitives.LN_2.value
+    kernel.device_of = lambda tensor: GPU
+    kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return build()
+
+
+def make(heads, seq_lens, *, rope=64, page_size=64, **options):
+    geometry = MLAGeometry(
+        num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
+    )
+    return make_decode(geometry, seq_lens, page_size=page_size, dtype=torch.float16, **options)
+
+
+def check(kernel, case):
+    q_latent = case.arrays[0]
+    out, lse = torch.full_like(q_latent, torch.nan), torch.full(q_latent.shape[:2], torch.nan)
+    rows = case.options["query_len"] * case.geometry.num_heads
+    workspace = tuple(
+        torch.full(shape, -1 if dtype == torch.int32 else torch.nan, dtype=dtype)
+        for shape, dtype in kernel._scratch_shapes(kernel._scratch_rows(rows, GPU), GPU)
+    )
+    kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[torch.float16], case.magnitude())
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("seq_lens", [[1, 0, 17], [63, 64, 65], [700], [15, 200, 16, 1, 130]], ids=str)
+def test_lengths_around_every_edge(kernel, seq_lens, needles):
+    check(kernel, make(5, seq_lens, needles=needles))
+
+
+@pytest.mark.parametrize("page_gap", [0, 576, 96], ids=["dense", "tma", "gather"])
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48, 64, 128])
+def test_pages(kernel, page_size, page_gap):
+    check(kernel, make(3, [page_size + 1, max(page_size - 1, 1), 331], page_size=page_size, page_gap=page_gap))
+
+
+@pytest.mark.parametrize(("heads", "rope", "query_len"), [(1, 0, 1), (20, 64, 4), (65, 64, 1), (128, 64, 2)])
+def test_rows(kernel, heads, rope, query_len):
+    """One tile of query rows, two, four; the last one not full."""
+    check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len))
+
+
+def with_large_scores():
+    """Scores that grow by more than the softmax lets its reference lag behind, again and again."""
+    case = make(16, [1400, 30])
+    case.options["scale"] *= 8
+    return case
+
+
+def test_large_scores(kernel):
+    check(kernel, with_large_scores())
+
+
+def test_query_tokens_before_the_sequence_see_nothing(kernel):
+    check(kernel, make(16, [0, 2, 140], query_lens=4))
+
+
+@pytest.mark.parametrize("query_lens", [[5, 1, 1, 3], [2, 0, 3, 0]], ids=str)
+def test_ragged(kernel, query_lens):
+    check(kernel, make(30, [5, 270, 1, 333], query_lens=query_lens))
+
+
+def test_more_requests_than_are_looked_at_at_once(kernel):
+    check(kernel, make(2, [1 + (i * 37) % 90 for i in range(140)], page_size=16))
+
+
+def test_few_large_parts(kernel):
+    """Parts of 16 blocks and more look for a size that cuts fewer requests."""
+    check(kernel, make(2, [3000, 1000, 1100]))
+
+
+def test_one_long_request_among_short_ones(kernel):
+    check(kernel, make(16, [3, 1500, 1, 30, 64]))
+
+
+def test_strided_queries_misaligned_too(kernel):
+    case = make(4, [40, 300])
+    latent, rope, *rest = case.arrays
+    wide = torch.full((*latent.shape[:2], 801), torch.nan, dtype=latent.dtype)
+    wide[..., 3:515], wide[..., 600:664] = latent, rope
+    odd = torch.empty(rope.numel() + 1, dtype=rope.dtype)[1:].view(rope.shape).copy_(rope)  # contiguous, not aligned
+    for q_rope in (wide[..., 600:664], odd):
+        arrays = (wide[..., 3:515], q_rope, *rest)
+        check(kernel, type(case)(geometry=case.geometry, arrays=arrays, options=case.options))
+    assert kernel._in_16_bytes(odd).data_ptr() % 16 == 0
+
+
+def both(kernel):
+    check(kernel, make(5, [700, 30], query_lens=2))
+    check(kernel, with_large_scores())
+
+
+MISTAKES = {
+    "rows past the end are not zeroed": ("            _zero_tail(smem.k", "            (lambda *_: 0)(smem.k"),
+    "a query sees one key too many": ("sees = seq_len - tokens + (", "sees = seq_len - tokens + 1 + ("),
+    "weights are not made anew when scores grow": ("    if grew > 0:", "    if grew > 1:"),
+    "outputs are not rescaled": ("if gl.max(smem.grew.load(flag_lay), 0) > 0:", "if False:"),
+    "two pieces in one slot": ("2 * part + 1, -1)", "2 * part, -1)"),
+    "pages in the wrong order": ("                page0 = page1", "                page0 = page2"),
+    "a block is never released": ("    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)", "    pass"),
+    "the last rows' columns are shifted": ("_store(acc1, out_ptr + HALF,", "_store(acc1, out_ptr,"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake, monkeypatch):
+    """The emulator is no rubber stamp: each of these fails."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
+    broken = build(edits=dict([MISTAKES[mistake]]))
+    with pytest.raises(AssertionError):
+        both(broken)

@@ -1,0 +1,86 @@
+"""What can be tested of the Hopper decode kernel without a Hopper GPU: what it refuses, and its scratch.
+
+See also test_decode_schedule.py, test_split_merge.py and test_compile.py.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of
+
+pytest.importorskip("triton")
+KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90")
+
+H200 = Device("cuda", 90, "NVIDIA H200", 132)
+GEOMETRY = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
+def problem_for(*, dtype=torch.bfloat16, cache=None, page_size=64, max_query_len=1, **geometry):
+    layout = CacheLayout(geometry=replace(GEOMETRY, **geometry), format=format_of(cache or dtype), page_size=page_size)
+    return Problem(layout=layout, dtype=dtype, max_query_len=max_query_len)
+
+
+DTYPES = "queries and cache must both be bfloat16 or both float16, got"
+TOO_MANY_ROWS = {"num_heads": 128, "max_query_len": 67}
+
+
+@pytest.mark.parametrize(
+    ("problem", "device", "reasons"),
+    [
+        (problem_for(), replace(H200, arch=80), ["needs sm_90, got NVIDIA H200 sm_80"]),
+        (problem_for(), replace(H200, arch=100), ["needs sm_90, got NVIDIA H200 sm_100"]),
+        (problem_for(), Device("hip", "gfx942", "MI300X", 304), ["needs sm_90, got MI300X gfx942"]),
+        (problem_for(), Device("cpu"), ["needs sm_90, got cpu"]),
+        (problem_for(), Device("cpu", interpreted=True), ["needs sm_90, got cpu, Triton interpreter"]),
+        (
+            problem_for(),
+            replace(H200, interpreted=True),
+            ["needs a GPU: Triton's interpreter does not run Gluon"],
+        ),
+        (problem_for(dtype=torch.float32), H200, [f"{DTYPES} torch.float32 and torch.float32"]),
+        (problem_for(cache=torch.float16), H200, [f"{DTYPES} torch.bfloat16 and torch.float16"]),
+        (problem_for(kv_lora_rank=256), H200, ["needs latent 512 + rope 64 or 0, got 256 + 64"]),
+        (problem_for(qk_rope_head_dim=32), H200, ["needs latent 512 + rope 64 or 0, got 512 + 32"]),
+        (problem_for(**TOO_MANY_ROWS), H200, ["needs heads x query tokens of 8448 or less, got 8576"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_refusals(problem, device, reasons):
+    assert KERNEL.unsupported(problem, device) == reasons
+
+
+def test_refusals_come_all_at_once():
+    problem = problem_for(dtype=torch.float32, kv_lora_rank=256, **TOO_MANY_ROWS)
+    assert KERNEL.unsupported(problem, replace(H200, arch=80)) == [
+        "needs sm_90, got NVIDIA H200 sm_80",
+        f"{DTYPES} torch.float32 and torch.float32",
+        "needs latent 512 + rope 64 or 0, got 256 + 64",
+        "needs heads x query tokens of 8448 or less, got 8576",
+    ]
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48, 64, 96, 128, 192])
+@pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (5, 4), (128, 66)])
+def test_what_it_takes(heads, query_len, page_size):
+    for dtype, rope in product((torch.bfloat16, torch.float16), (64, 0)):
+        problem = problem_for(
+            dtype=dtype, page_size=page_size, num_heads=heads, qk_rope_head_dim=rope, max_query_len=query_len
+        )
+        assert KERNEL.unsupported(problem, H200) == []
+
+
+def test_scratch_suffices_for_every_query_length():
+    """A server reserves once, for the most query tokens; every step with fewer must fit: two slots a part."""
+    for heads, most in product((1, 2, 5, 8, 12, 16, 20, 64, 128), (1, 2, 4, 9, 16)):
+        values, lse, plan = KERNEL.load().workspace(
+            problem_for(num_heads=heads, max_query_len=most), H200, max_requests=1000
+        )
+        assert values == ((lse[0][0] * GEOMETRY.kv_lora_rank,), torch.float32)
+        for query_len in range(1, most + 1):
+            rows = query_len * heads
+            parts = max(1, H200.num_sms // -(-rows // 64))
+            assert 2 * parts * rows <= lse[0][0], (heads, most, query_len)
+            assert 4 * (1 + parts) <= plan[0][0]

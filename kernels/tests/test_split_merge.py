@@ -1,0 +1,94 @@
+"""Merging the partial answers of requests that were cut: `merge_parts` against the float64 reference."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mla_kernels import reference
+from mla_kernels.device import interpreting
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
+
+pytest.importorskip("triton")
+WHERE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+pytestmark = pytest.mark.skipif(WHERE == "cpu" and not interpreting(), reason="needs a GPU (or TRITON_INTERPRET=1)")
+HEADS = 2
+
+
+def cut(pieces: list[int], tokens: list[int], latent: int, dead=()):
+    """Scratch as a decode kernel leaves it, NaN where nobody wrote: (values, base-2 LSE, plan, parts), and what each
+    cut request's pieces hold.
+
+    pieces, tokens: of each request; one piece is no cut.  dead: requests of which no piece sees a key.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts = 3 + sum(pieces)
+    values = torch.full((2 * parts, max(tokens) * HEADS, latent), torch.nan)
+    lse = torch.full(values.shape[:2], torch.nan)
+    plan = torch.full((parts + 1, 4), -1, dtype=torch.int32)
+    held = {}
+    part = 3  # what parts before it do is not cut
+    for request, count in enumerate(pieces):
+        if count == 1:
+            continue
+        plan[1 + len(held), :3] = torch.tensor([request, part, count])
+        slots = [2 * part + 1, *(2 * (part + k) for k in range(1, count))]
+        shape = (count, tokens[request] * HEADS)
+        apart = 10.0 ** torch.randint(0, 3, shape, generator=generator)
+        unseen = torch.rand(shape, generator=generator) < (2 if request in dead else 0.2)  # by a query before the piece
+        piece_lse = (torch.randn(shape, generator=generator) * apart).masked_fill(unseen, -torch.inf)
+        piece = torch.randn(*shape, latent, generator=generator).masked_fill(unseen[..., None], 0.0)
+        values[slots, : shape[1]], lse[slots, : shape[1]] = piece, piece_lse
+        held[request] = piece, piece_lse
+        part += count - 1  # the next may begin in the part in which this one ends
+    plan[0, 0] = len(held)
+    return (values, lse, plan, parts), held
+
+
+def merged(values, lse):
+    """(out [t, N, L], natural LSE [t, N]) of one request's pieces, in float64."""
+    values, lse = (x.double().unflatten(1, (-1, HEADS)) for x in (values, lse))
+    out, total = torch.zeros_like(values[0]), torch.full_like(lse[0], -torch.inf)
+    for part, part_lse in zip(values, lse * torch.tensor(2.0).double().log(), strict=True):
+        reference.merge(out, total, part, part_lse)
+    return out, total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("latent", "num_sms"), [(64, 132), (128, 1)], ids=["a-task-each", "taking-turns"])
+@pytest.mark.parametrize(
+    ("pieces", "tokens", "dead"),
+    [
+        ([1, 1], [1, 1], ()),
+        ([2], [1], ()),
+        ([130], [1], ()),
+        ([1, 2, 1, 3, 2, 1], [2] * 6, ()),
+        ([3, 2], [3, 3], (0,)),
+        ([2, 1, 1, 300, 2], [1, 4, 0, 3, 2], ()),
+    ],
+    ids=["nothing-cut", "2-pieces", "130-pieces", "several", "sees-nothing", "ragged"],
+)
+def test_cut_requests_are_merged(pieces, tokens, dead, latent, num_sms, dtype):
+    from mla_kernels.split_merge import merge_parts, plan_size
+
+    (values, lse, plan, parts), held = cut(pieces, tokens, latent, dead)
+    assert plan.numel() == plan_size(parts)
+    starts = torch.tensor([0, *tokens]).cumsum(0).to(torch.int32)
+    total = sum(tokens)
+    # Engines hand over slices, and an LSE with heads first.
+    out = torch.full((total, HEADS + 1, latent + 8), torch.nan, dtype=dtype, device=WHERE)[:, :HEADS, :latent]
+    out_lse = torch.full((HEADS, total + 3), torch.nan, device=WHERE).T[:total]
+    merge_parts(
+        out, out_lse, *(x.flatten().to(WHERE) for x in (values, lse, plan)),
+        starts.to(WHERE) if len(set(tokens)) > 1 else None,
+        query_len=max(tokens), rows=max(tokens) * HEADS, max_cuts=len(pieces), num_sms=num_sms, overlap=False,
+    )  # fmt: skip
+    for request, (begin, end) in enumerate(pairwise(starts.tolist())):
+        got, got_lse = out[begin:end], out_lse[begin:end]
+        if request not in held:
+            assert got.isnan().all(), "the answer of a request that was not cut is there already"
+            assert got_lse.isnan().all()
+            continue
+        expected, expected_lse = merged(*held[request])
+        assert_matches("lse", got_lse, expected_lse, LSE_TOLERANCE)
+        assert_matches("out", got, expected, TOLERANCE[dtype])
