@@ -38,7 +38,7 @@ WIDE = gl.constexpr(
     )
 )
 LAZY = gl.constexpr(8.0)  # binary orders that scores may outgrow their reference before outputs are rescaled
-NOTHING = gl.constexpr(-1e30)  # reference of a row that has seen no key: finite, so that differences are numbers
+NOTHING = gl.constexpr(-3e38)  # reference of a row that has seen no key: finite, so that differences are numbers
 
 
 class Shared(NamedTuple):

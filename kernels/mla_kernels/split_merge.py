@@ -7,12 +7,13 @@ of the i-th: request, the part that begins it, into how many parts it is cut. It
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from mla_kernels.primitives import LN_2
 
 _VALUES = 4096  # partial values that a program looks at at once
 _PROGRAMS_PER_SM = 8
+_COLUMNS = (32, 128, 512)  # that a program merges: few sizes, so that few kernels are compiled
 
 
 def plan_size(parts: int) -> int:
@@ -33,7 +34,6 @@ def _merge_kernel(
     """Each cut request is `units` tasks: a query row and COLUMNS of its columns. Programs take turns."""
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     tasks = tl.load(plan_ptr) * units
     entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
     request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -84,7 +84,7 @@ def merge_parts(
     max_cuts: most requests that can be cut.  overlap: launch before the kernel ahead has ended (sm_90 and newer).
     """
     N, L = out_TNL.shape[1:]
-    columns = min(L, max(32, triton.next_power_of_2(L * max_cuts * rows // 1024)))
+    columns = min(L, next((n for n in _COLUMNS if n * 1024 >= L * max_cuts * rows), _COLUMNS[-1]))
     units = rows * (L // columns)
     starts = plan if query_start_B1 is None else query_start_B1  # not read where all have as many
     _merge_kernel[(min(_PROGRAMS_PER_SM * num_sms, max_cuts * units),)](

@@ -276,7 +276,7 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, launch_pdl, **constants):
+        def launch(*args, num_warps, **constants):
             args = [Pointer.of(x) if isinstance(x, torch.Tensor) else Int(x) if type(x) is int else x for x in args]
             for PROGRAM[1], PROGRAM[0] in itertools.product(range(grid[1]), range(grid[0])):
                 with np.errstate(all="ignore"):
@@ -307,7 +307,7 @@ def _modules():
     yield "triton.experimental.gluon", {"language": gl}
     yield "triton.experimental.gluon.language.nvidia.hopper", tools
     yield "triton.experimental.gluon.nvidia.hopper", {"TensorDescriptor": TensorDescriptor}
-    yield "triton.language.extra.cuda", {"gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None}
+    yield "triton.language.extra.cuda", {"gdc_launch_dependents": lambda: None}
 
 
 def emulated(*names: str, edits: dict[str, str] | None = None) -> list[ModuleType]:
