@@ -1,5 +1,7 @@
 """Gluon under one name in every Triton from 3.6 to 3.9, and two small tools for kernels on Hopper."""
 
+import inspect
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
@@ -8,6 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps that run the same role
+# Asked of the language itself: Gluon is experimental, and its shape says more than a version.
+KNOWN_GLUON = "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 

@@ -84,3 +84,11 @@ def test_scratch_suffices_for_every_query_length():
             parts = max(1, H200.num_sms // -(-rows // 64))
             assert 2 * parts * rows <= lse[0][0], (heads, most, query_len)
             assert 4 * (1 + parts) <= plan[0][0]
+
+
+def test_an_old_gluon_is_a_reason(monkeypatch):
+    """Triton 3.5 has a Gluon in which every name of ours exists and the kernel does not compile."""
+    monkeypatch.setattr(KERNEL.load(), "KNOWN_GLUON", False)
+    assert KERNEL.unsupported(problem_for(), H200) == [
+        "needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments"
+    ]

@@ -13,8 +13,6 @@ the others. That would need pieces whose size depends on the request alone, as m
 """
 
 import torch
-import triton
-from packaging.version import Version
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -22,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper import SWIZZLED, barrier
+from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
 from mla_kernels.hopper_decode import (
     HALF,
     LATENT,
@@ -43,7 +41,6 @@ from mla_kernels.split_merge import merge_parts, plan_size
 # request. Buffers in shared memory end in _s.
 
 _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
-_OLDEST_TRITON = "3.6"
 
 
 @gluon.jit(
@@ -112,8 +109,8 @@ def _decode_kernel(
 
 def unsupported(problem, device: Device) -> list[str]:
     reasons = []
-    if Version(triton.__version__) < Version(_OLDEST_TRITON):
-        reasons.append(f"needs Triton {_OLDEST_TRITON} or newer, got {triton.__version__}")
+    if not KNOWN_GLUON:
+        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
     geometry, layout = problem.geometry, problem.layout
     if device.kind != "cuda" or device.arch != 90:
         reasons.append(f"needs sm_90, got {device}")
