@@ -2,7 +2,7 @@
 # make test       lint and every test that needs no GPU
 # make test-gpu   kernel tests on the GPU that is here, and the engine's tests that need one
 # make lint       ruff alone
-# make compile-matrix  compile the Hopper kernel with every Triton that engines pin, without a GPU; 3 GB in build/
+# make compile-matrix  compile the Hopper kernel with Triton 3.6 to 3.9, without a GPU; 3 GB in build/
 # make venv       only the set-up: a virtual environment in .venv, with Python 3.11
 # make clean      remove everything that the others made, .venv too
 #

@@ -7,7 +7,8 @@ MOST_SETS = 16
 
 
 def input_sets(bytes_of_one: int) -> int:
-    """Input sets that calls must rotate through, so that none finds its cache in L2 (at most 16)."""
+    """Input sets that calls must rotate through, so that none finds its cache in L2; at most 16, so that inputs of less
+    than a sixteenth of it do."""
     return min(MOST_SETS, max(1, -(-ENOUGH_BYTES // bytes_of_one)))
 
 

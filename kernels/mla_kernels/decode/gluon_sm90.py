@@ -1,9 +1,9 @@
 """Absorbed decode for Hopper in Gluon: persistent, warp-specialised, one schedule for every batch.
 
-  1. One program an SM (and tile of 64 query rows) finds its share of the batch's blocks of 64 tokens from the lengths
-     on the device (schedule.py). One warp (four, if pages fit no TMA box) copies their cache rows into two stages, one
-     warpgroup multiplies queries with keys and takes the online softmax, two multiply its weights with values, which
-     are the latent part of the keys in the same buffers (hopper_decode.py).
+  1. One program an SM, the SMs divided among tiles of 64 query rows, finds its share of the batch's blocks of 64
+     tokens from the lengths on the device (schedule.py). One warp (four, if pages fit no TMA box) copies their cache
+     rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
+     weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py). It is launched while
      the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
      after may not know how to wait.
