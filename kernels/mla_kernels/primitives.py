@@ -1,4 +1,4 @@
-"""What Triton kernels share: constants, dot products that a GPU and the interpreter both do right, refusals."""
+"""What kernels share: constants, dots that a GPU and the interpreter both do right, refusals, outputs, scratch."""
 
 import torch
 import triton
@@ -29,6 +29,34 @@ def require_adjacent(**tensors) -> None:
     ]
     if wrong:
         raise ValueError(f"the last dimension must be contiguous: {', '.join(wrong)}")
+
+
+def decode_outputs(q_latent_TNL, requests: int, query_len: int, *, ragged: bool, out_TNL=None, lse_TN=None):
+    """The out_TNL and lse_TN of a decode: those given, or new ones. ValueError if the queries do not fill the batch.
+
+    Ragged requests may leave rows between them, which nobody writes: in new outputs these hold 0 and -inf.
+    """
+    tokens, needed = len(q_latent_TNL), requests * query_len
+    if not ragged and needed != tokens:
+        raise ValueError(f"{requests} requests of {query_len} query tokens need {needed} queries, got {tokens}")
+    if out_TNL is None:
+        shape = q_latent_TNL.shape
+        out_TNL = q_latent_TNL.new_zeros(shape) if ragged else q_latent_TNL.new_empty(shape)
+    if lse_TN is None:
+        lse_TN = q_latent_TNL.new_empty(q_latent_TNL.shape[:2], dtype=torch.float32)
+        if ragged:
+            lse_TN.fill_(-torch.inf)
+    return out_TNL, lse_TN
+
+
+def scratch(workspace, shapes, device: torch.device):
+    """`workspace`, which must be at least as large as `shapes` ((shape, dtype) each, flat) ask, or new tensors."""
+    if workspace is None:
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes)
+    for tensor, (shape, dtype) in zip(workspace, shapes, strict=True):
+        if tensor.numel() < shape[0] or tensor.dtype != dtype:
+            raise ValueError(f"scratch of {shape[0]} {dtype} needed, got {tensor.numel()} {tensor.dtype}")
+    return workspace
 
 
 @triton.jit

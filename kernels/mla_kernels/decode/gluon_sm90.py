@@ -33,7 +33,7 @@ from mla_kernels.hopper_decode import (
     gather_keys,
     load_keys,
 )
-from mla_kernels.primitives import LOG2_E, require_adjacent
+from mla_kernels.primitives import LOG2_E, decode_outputs, require_adjacent, scratch
 from mla_kernels.schedule import BLOCK, share
 from mla_kernels.split_merge import merge_parts, plan_size
 
@@ -189,34 +189,22 @@ def run(
     workspace=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
-    T, N, L = q_latent_TNL.shape
+    T, N = q_latent_TNL.shape[:2]
     B, R = seq_lens_B.shape[0], q_rope_TNR.shape[-1]
     ragged = query_start_B1 is not None
-    if not ragged and query_len * B != T:
-        raise ValueError(f"{B} requests of {query_len} query tokens need {query_len * B} queries, got {T}")
+    out_TNL, lse_TN = decode_outputs(q_latent_TNL, B, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN)
     require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
     stride_page = cache_AGK.stride(0) if len(cache_AGK) > 1 else 0  # of a single page it says nothing
     if cache_AGK.data_ptr() % 16 or stride_page % 8 or cache_AGK.stride(1) % 8:
         raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
     device = device_of(cache_AGK)
-    if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
-        out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
-    if lse_TN is None:
-        lse_TN = torch.empty(T, N, dtype=torch.float32, device=q_latent_TNL.device)
-        if ragged:
-            lse_TN.fill_(-torch.inf)
     if B == 0 or T == 0:
         return out_TNL, lse_TN
 
     rows = query_len * N
     parts = _parts(rows, device)
     shapes = _scratch_shapes(_scratch_rows(rows, device), device)
-    if workspace is None:
-        workspace = tuple(torch.empty(shape, dtype=dtype, device=cache_AGK.device) for shape, dtype in shapes)
-    for tensor, (shape, dtype) in zip(workspace, shapes, strict=True):
-        if tensor.numel() < shape[0] or tensor.dtype != dtype:
-            raise ValueError(f"scratch of {shape[0]} {dtype} needed, got {tensor.numel()} {tensor.dtype}")
-    part, part_lse, plan = workspace
+    part, part_lse, plan = scratch(workspace, shapes, cache_AGK.device)
 
     q_latent, q_rope = _in_16_bytes(q_latent_TNL), _in_16_bytes(q_rope_TNR)
     k_desc, page_rows = _describe(cache_AGK)

@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, refusals, require_adjacent
+from mla_kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    decode_outputs,
+    dot,
+    dot_operand,
+    refusals,
+    require_adjacent,
+    scratch,
+)
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S pieces. In kernels: `row` = query token within the request * N + head.
@@ -281,17 +290,9 @@ def run(
     T, N, L = q_latent_TNL.shape
     B, R = seq_lens_B.shape[0], q_rope_TNR.shape[-1]
     ragged = query_start_B1 is not None
-    needed = B * query_len
-    if not ragged and needed != T:
-        raise ValueError(f"{B} requests of {query_len} query tokens need {needed} queries, got {T}")
+    out_TNL, lse_TN = decode_outputs(q_latent_TNL, B, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN)
     require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
     device = device_of(cache_AGK)
-    if out_TNL is None:  # ragged requests may leave rows between them, which nobody would write
-        out_TNL = q_latent_TNL.new_zeros(T, N, L) if ragged else q_latent_TNL.new_empty(T, N, L)
-    if lse_TN is None:
-        lse_TN = torch.empty(T, N, dtype=torch.float32, device=q_latent_TNL.device)
-        if ragged:
-            lse_TN.fill_(-torch.inf)
     if B == 0 or T == 0:
         return out_TNL, lse_TN
 
@@ -299,12 +300,7 @@ def run(
     tile = _tile(*sizes)
     row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
     shapes = _scratch_shapes(_scratch_rows(*sizes), L, B)
-    if workspace is None:
-        workspace = tuple(torch.empty(shape, dtype=dtype, device=cache_AGK.device) for shape, dtype in shapes)
-    for tensor, (shape, dtype) in zip(workspace, shapes, strict=True):
-        if tensor.numel() < shape[0] or tensor.dtype != dtype:
-            raise ValueError(f"scratch of {shape[0]} {dtype} needed, got {tensor.numel()} {tensor.dtype}")
-    part, part_lse, plan = workspace
+    part, part_lse, plan = scratch(workspace, shapes, cache_AGK.device)
 
     common = {"N": N, "L": L, "RAGGED": ragged}
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
