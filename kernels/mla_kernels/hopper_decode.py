@@ -49,10 +49,13 @@ class Shared(NamedTuple):
     weight: object  # [64, 64], softmax weights of a block
     factor: object  # [64], what outputs have to be multiplied with before the block
     grew: object  # [1], whether anything has to
+    last: object  # [64], what outputs have to be multiplied with in the end
     k_full: object
     k_empty: object
     weight_full: object
     weight_empty: object
+    last_full: object
+    last_empty: object
 
 
 class Cache(NamedTuple):
@@ -165,7 +168,7 @@ def _quad_sums(x):
 
 @gluon.jit
 def _attend_block(
-    b, top, total, block, message, sees, all_see, scale_log2, q_s, q_rope, smem,
+    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem,
     R: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
@@ -194,7 +197,7 @@ def _attend_block(
     high = gl.max(s, 1) * scale_log2
     grows = high > top + LAZY
     grew = gl.max(grows.to(gl.int32), 0)
-    mbarrier.wait(smem.weight_empty, (message & 1) ^ 1)
+    mbarrier.wait(smem.weight_empty, (block & 1) ^ 1)
     smem.weight.store(weight.to(smem.weight.dtype))
     if grew > 0:
         new_top = gl.where(grows, high, top)
@@ -225,7 +228,7 @@ def attend(
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     i = gl.arange(0, ROWS, row_lay)
     block = 0
-    message = 0
+    pieces = 0
     for request in range(shared[0], shared[2] + 1):
         begin, end, seq_len, token, tokens, rows, slot = piece(
             request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
@@ -246,16 +249,15 @@ def attend(
             total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
             for b in range(begin, end):
                 top, total = _attend_block(
-                    b, top, total, block, message, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER
+                    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER
                 )
                 block += 1
-                message += 1
             sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
             safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
-            mbarrier.wait(smem.weight_empty, (message & 1) ^ 1)
-            smem.factor.store(1.0 / safe)
-            mbarrier.arrive(smem.weight_full, count=1)
-            message += 1
+            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+            smem.last.store(1.0 / safe)
+            mbarrier.arrive(smem.last_full, count=1)
+            pieces += 1
             row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
             if slot < 0:
                 r = token * N + row0 + i
@@ -276,12 +278,12 @@ def _zero_tail(buffer, valid):
 
 
 @gluon.jit
-def _accumulate_block(b, acc0, acc1, block, message, seq_len, smem, GATHER: gl.constexpr):
+def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr):
     """Add block `b`'s weights times values to the accumulators of the two halves of the columns."""
     row_lay: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
     flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     stage, phase, _ = ring(block)
-    mbarrier.wait(smem.weight_full, message & 1)
+    mbarrier.wait(smem.weight_full, block & 1)
     if (b + 1) * BLOCK > seq_len:
         for half in gl.static_range(2):
             mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
@@ -305,16 +307,16 @@ def _accumulate_block(b, acc0, acc1, block, message, seq_len, smem, GATHER: gl.c
 
 
 @gluon.jit
-def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr):
-    """Write the rows of a [64, 256] accumulator that are queries, four values of a thread side by side.
+def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Write the rows of a [64, 256] accumulator that are queries, in a layout that fills sectors of 32 bytes.
 
     Row r is token + r // N and head r % N, computed from one number that no compiler can keep in registers meanwhile.
     """
-    i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     r = token * N + row0 + i
     at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
-    pointer = ptr + at_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(pointer, gl.convert_layout(acc, WIDE).to(ptr.dtype.element_ty), mask=(i < rows)[:, None])
+    pointer = ptr + at_row[:, None] + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(pointer, gl.convert_layout(acc, LAYOUT).to(ptr.dtype.element_ty), mask=(i < rows)[:, None])
 
 
 @gluon.jit
@@ -326,7 +328,7 @@ def accumulate(out, work, smem, N: gl.constexpr, RAGGED: gl.constexpr, GATHER: g
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, o_lay)
     block = 0
-    message = 0
+    pieces = 0
     for request in range(shared[0], shared[2] + 1):
         begin, end, seq_len, token, _, rows, slot = piece(
             request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
@@ -335,18 +337,17 @@ def accumulate(out, work, smem, N: gl.constexpr, RAGGED: gl.constexpr, GATHER: g
             acc0 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
             acc1 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
             for b in range(begin, end):
-                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, message, seq_len, smem, GATHER)
+                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
                 block += 1
-                message += 1
-            mbarrier.wait(smem.weight_full, message & 1)
-            last = smem.factor.load(row_lay)[:, None]
-            mbarrier.arrive(smem.weight_empty, count=1)
-            message += 1
+            mbarrier.wait(smem.last_full, pieces & 1)
+            last = smem.last.load(row_lay)[:, None]
+            mbarrier.arrive(smem.last_empty, count=1)
+            pieces += 1
             acc0 = acc0 * last
             acc1 = acc1 * last
             if slot < 0:
-                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N)
-                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N)
+                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
+                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
             else:
-                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1)
-                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1)
+                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)
+                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)

@@ -11,7 +11,11 @@ from triton.experimental.gluon import language as gl
 
 BLOCK = gl.constexpr(64)  # tokens of a block
 CHUNK = gl.constexpr(128)  # requests looked at at once
-TRIES = gl.constexpr(8)
+# Times in 1024ths of what a part needs for a block (measured on an H200): that any request is cut, so that there is
+# something to merge, and a cut in every part: pipelines drain and fill, partial answers travel.
+UNIT, MERGE, CUT = gl.constexpr(1024), gl.constexpr(1536), gl.constexpr(4096)
+# Query rows of which partial answers take as long to write and read again as a part needs for a block.
+ROWS_OF_A_BLOCK = gl.constexpr(1300.0)
 
 
 @gluon.jit
@@ -38,38 +42,31 @@ def _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED: gl.constexpr):
 
 
 @gluon.jit
-def _fewest_cuts(size, seq_lens_ptr, query_start_ptr, batch, parts, RAGGED: gl.constexpr):
-    """`size` or a little more, whichever makes the sum of a part's blocks and the cost of its cuts least."""
-    lay: gl.constexpr = gl.BlockedLayout([1, TRIES], [32, 1], [4, 1], [1, 0])
-    tries = size + gl.arange(0, TRIES, gl.SliceLayout(0, lay)) * gl.maximum(size // 32, 1)
-    cuts = gl.zeros([TRIES], gl.int32, gl.SliceLayout(0, lay))
-    before = 0
-    for first in range(0, batch, CHUNK):
-        _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
-        end = gl.convert_layout(before + gl.associative_scan(cost, 0, _add), gl.SliceLayout(1, lay))[:, None]
-        begin = end - gl.convert_layout(cost, gl.SliceLayout(1, lay))[:, None]
-        cuts += gl.sum(gl.where(end > begin, (end - 1) // tries[None, :] - begin // tries[None, :], 0), 0)
-        before += gl.sum(cost, 0)
-    # A cut costs its two sides about two blocks together: pipelines drain and fill, partial answers travel.
-    score = tries * 1024 + cuts * 2048 // parts
-    return gl.min(gl.where(score == gl.min(score, 0), tries, 1 << 30), 0)
+def _part_size(total, longest, batch, parts, rows):
+    """Blocks of a part: an even share, or somewhat more where that costs less than it saves."""
+    size = gl.maximum((total + parts - 1) // parts, 1)
+    # Pieces of a request write partial answers and read them again, 4 KiB a query row; the fewer the pieces the less.
+    size = gl.maximum(size, gl.sqrt(total * (rows / ROWS_OF_A_BLOCK)).to(gl.int32))
+    whole = (size + longest - 1) // longest * longest
+    saved = MERGE + CUT * gl.minimum(batch, parts) // parts
+    return gl.where((total == batch * longest) & ((whole - size) * UNIT < saved), whole, size)
 
 
 @gluon.jit
-def share(seq_lens_ptr, query_start_ptr, batch, part, parts, RAGGED: gl.constexpr):
-    """What part `part` of `parts` works on, computed by four warps.
+def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr):
+    """What part `part` of `parts` works on, computed by four warps.  rows: query rows of a request, at most.
 
     Returns (first request, its first block, last request, its end block), and about cut requests: into how many parts
     the last one is cut if it begins here and goes on elsewhere (else 0), how many there are, and how many before the
     last one. No work: the last request is before the first.
     """
     total = 0
+    longest = 1
     for first in range(0, batch, CHUNK):
         _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
         total += gl.sum(cost, 0)
-    size = gl.maximum((total + parts - 1) // parts, 1)
-    if size >= 16:  # below, looking for better takes longer than it saves
-        size = _fewest_cuts(size, seq_lens_ptr, query_start_ptr, batch, parts, RAGGED)
+        longest = gl.maximum(longest, gl.max(cost, 0))
+    size = _part_size(total, longest, batch, parts, rows)
 
     begin_of_part = part * size
     end_of_part = gl.minimum(begin_of_part + size, total)

@@ -11,9 +11,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from mla_kernels.primitives import LN_2
 
-_VALUES = 4096  # partial values that a program looks at at once
 _PROGRAMS_PER_SM = 8
-_COLUMNS = (32, 128, 512)  # that a program merges: few sizes, so that few kernels are compiled
 
 
 def plan_size(parts: int) -> int:
@@ -28,68 +26,92 @@ def plan_size(parts: int) -> int:
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, plan_ptr, query_start_ptr, query_len, rows_per_slot, units,
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
-    N: tl.constexpr, L: tl.constexpr, RAGGED: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    N: tl.constexpr, L: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each cut request is `units` tasks: a query row and COLUMNS of its columns. Programs take turns."""
+    """Each cut request is `units` tasks of BLOCK_R query rows and COLUMNS of their columns. Programs take turns.
+
+    Shape suffixes: S pieces at once, R rows, C columns.
+    """
     if PDL:
         gdc_wait()
     tasks = tl.load(plan_ptr) * units
     entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
     request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    s, c = tl.arange(0, BLOCK_S), tl.arange(0, COLUMNS)
+    s_S, r_R, c_C = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R), tl.arange(0, COLUMNS)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        row = (task % units) // (L // COLUMNS)
-        column = (task % units) % (L // COLUMNS)
+        row_R = (task % units) // (L // COLUMNS) * BLOCK_R + r_R
+        column = (task % units) % (L // COLUMNS) * COLUMNS
         first_token, tokens = request * query_len, query_len
         if RAGGED:
             first_token = tl.load(query_start_ptr + request)
             tokens = tl.load(query_start_ptr + request + 1) - first_token
-        if row < tokens * N:
-            top = -float("inf")
-            total = 0.0
-            acc = tl.zeros((COLUMNS,), tl.float32)
-            for begin in range(0, pieces, BLOCK_S):
-                here = begin + s < pieces
-                slot = 2 * (part + begin + s) + tl.where(begin + s == 0, 1, 0)
-                at = slot.to(tl.int64) * rows_per_slot + row
-                lse = tl.load(part_lse_ptr + at, mask=here, other=-float("inf"))
-                values = tl.load(
-                    part_ptr + at[:, None] * L + (column * COLUMNS + c)[None, :], mask=here[:, None], other=0.0
-                )
-                new_top = tl.maximum(top, tl.max(lse, 0))
-                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                rescale = tl.exp2(top - shift)
-                weight = tl.exp2(lse - shift)
-                total = total * rescale + tl.sum(weight, 0)
-                acc = acc * rescale + tl.sum(values * weight[:, None], 0)
-                top = new_top
-            safe = tl.where(total > 0, total, 1.0)
-            token, head = (first_token + row // N).to(tl.int64), (row % N).to(tl.int64)
-            at_out = token * stride_out_t + head * stride_out_n + column * COLUMNS + c
-            tl.store(out_ptr + at_out, (acc / safe).to(out_ptr.dtype.element_ty))
-            if column == 0:
-                tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, (top + tl.log2(safe)) * LN_2)
+        real_R = row_R < tokens * N
+
+        top_R = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+        total_R = tl.zeros((BLOCK_R,), tl.float32)
+        acc_RC = tl.zeros((BLOCK_R, COLUMNS), tl.float32)
+        for begin in range(0, pieces, BLOCK_S):
+            piece_S = begin + s_S
+            here_SR = (piece_S < pieces)[:, None] & real_R[None, :]
+            slot_S = (2 * (part + piece_S) + tl.where(piece_S == 0, 1, 0)).to(tl.int64)
+            at_SR = slot_S[:, None] * rows_per_slot + row_R[None, :]
+            lse_SR = tl.load(part_lse_ptr + at_SR, mask=here_SR, other=-float("inf"))
+            at_SRC = at_SR[:, :, None] * L + (column + c_C)[None, None, :]
+            values_SRC = tl.load(part_ptr + at_SRC, mask=here_SR[:, :, None], other=0.0)
+            new_top_R = tl.maximum(top_R, tl.max(lse_SR, 0))
+            shift_R = tl.where(new_top_R == -float("inf"), 0.0, new_top_R)
+            rescale_R = tl.exp2(top_R - shift_R)
+            weight_SR = tl.exp2(lse_SR - shift_R[None, :])
+            total_R = total_R * rescale_R + tl.sum(weight_SR, 0)
+            acc_RC = acc_RC * rescale_R[:, None] + tl.sum(values_SRC * weight_SR[:, :, None], 0)
+            top_R = new_top_R
+
+        safe_R = tl.where(total_R > 0, total_R, 1.0)
+        token_R, head_R = (first_token + row_R // N).to(tl.int64), (row_R % N).to(tl.int64)
+        at_out = (token_R * stride_out_t + head_R * stride_out_n)[:, None] + (column + c_C)[None, :]
+        tl.store(out_ptr + at_out, (acc_RC / safe_R[:, None]).to(out_ptr.dtype.element_ty), mask=real_R[:, None])
+        lse_R = (top_R + tl.log2(safe_R)) * LN_2
+        tl.store(lse_ptr + token_R * stride_lse_t + head_R * stride_lse_n, lse_R, mask=real_R & (column == 0))
         entry = plan_ptr + 4 * (1 + tl.minimum(task + tl.num_programs(0), tasks - 1) // units)
         request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
+def _tile(requests: int, parts: int, rows: int) -> tuple[int, int, int]:
+    """(pieces, query rows, columns) that a program looks at at once. Few forms, so that few kernels are compiled.
+
+    As many pieces as an even batch's requests have, so that loads of all are under way together, and 16 to 64 values a
+    thread: with fewer, fixed work prevails, which it does at this size already where tasks are many.
+    """
+    pieces = parts // requests
+    if pieces >= 64:
+        return 128, 1, 64
+    if pieces >= 16:
+        return 64, 1, 128
+    if pieces >= 6:
+        return 16, 1, 128 if requests * rows < 512 else 512
+    return 4, 1 if requests * rows < 2048 else 4, 512
+
+
 def merge_parts(
-    out_TNL, lse_TN, part_SML, part_lse_SM, plan, query_start_B1, *, query_len, rows, max_cuts, num_sms, overlap
+    out_TNL, lse_TN, part_SML, part_lse_SM, plan, query_start_B1, *, query_len, rows, requests, parts, num_sms, overlap
 ) -> None:
     """Fill the rows of `out_TNL` and `lse_TN` (natural log) that belong to cut requests.
 
     part_SML, part_lse_SM: float32 slots of `rows` query rows each, flat.  plan: see above.
     query_start_B1: None if all requests have `query_len` query tokens.
-    max_cuts: most requests that can be cut.  overlap: launch before the kernel ahead has ended (sm_90 and newer).
+    requests, parts: of the batch.  overlap: launch before the kernel ahead has ended (sm_90 and newer).
     """
     N, L = out_TNL.shape[1:]
-    columns = min(L, next((n for n in _COLUMNS if n * 1024 >= L * max_cuts * rows), _COLUMNS[-1]))
-    units = rows * (L // columns)
+    max_cuts = min(requests, parts)
+    pieces, block_r, columns = _tile(requests, parts, rows)
+    columns = min(L, columns)
+    units = triton.cdiv(rows, block_r) * (L // columns)
     starts = plan if query_start_B1 is None else query_start_B1  # not read where all have as many
     _merge_kernel[(min(_PROGRAMS_PER_SM * num_sms, max_cuts * units),)](
         out_TNL, lse_TN, part_SML, part_lse_SM, plan, starts, query_len, rows, units,
         out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1),
-        N=N, L=L, RAGGED=query_start_B1 is not None, BLOCK_S=_VALUES // columns, COLUMNS=columns, PDL=overlap,
+        N=N, L=L, RAGGED=query_start_B1 is not None,
+        BLOCK_S=pieces, BLOCK_R=block_r, COLUMNS=columns, PDL=overlap,
         num_warps=4, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip

@@ -81,7 +81,8 @@ def test_cut_requests_are_merged(pieces, tokens, dead, latent, num_sms, dtype):
     merge_parts(
         out, out_lse, *(x.flatten().to(WHERE) for x in (values, lse, plan)),
         starts.to(WHERE) if len(set(tokens)) > 1 else None,
-        query_len=max(tokens), rows=max(tokens) * HEADS, max_cuts=len(pieces), num_sms=num_sms, overlap=False,
+        query_len=max(tokens), rows=max(tokens) * HEADS, requests=len(pieces), parts=parts, num_sms=num_sms,
+        overlap=False,
     )  # fmt: skip
     for request, (begin, end) in enumerate(pairwise(starts.tolist())):
         got, got_lse = out[begin:end], out_lse[begin:end]

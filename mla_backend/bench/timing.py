@@ -3,13 +3,11 @@
 import torch
 
 ENOUGH_BYTES = 180_000_000  # three times the 60 MB of an H200's L2
-MOST_SETS = 16
 
 
 def input_sets(bytes_of_one: int) -> int:
-    """Input sets that calls must rotate through, so that none finds its cache in L2; at most 16, so that inputs of less
-    than a sixteenth of it do."""
-    return min(MOST_SETS, max(1, -(-ENOUGH_BYTES // bytes_of_one)))
+    """Input sets that calls must rotate through, so that none finds its cache in L2."""
+    return -(-ENOUGH_BYTES // bytes_of_one)
 
 
 def graph_us(calls, *, at_least: int = 10, replays: int = 12) -> float:

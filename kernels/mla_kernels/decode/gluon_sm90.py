@@ -65,21 +65,28 @@ def _decode_kernel(
     q_rope_s = gl.allocate_shared_memory(dtype, [ROWS, TILE], SWIZZLED)
     weight_s = gl.allocate_shared_memory(dtype, [ROWS, BLOCK], SWIZZLED)
     factor_s = gl.allocate_shared_memory(gl.float32, [ROWS], row_lay)
+    last_s = gl.allocate_shared_memory(gl.float32, [ROWS], row_lay)
     grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
     k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
     k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
     weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
     weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
     for d in gl.static_range(4):
         mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
         mbarrier.init(k_empty.index(d), count=1)
     mbarrier.init(weight_full, count=1)
     mbarrier.init(weight_empty, count=1)
+    mbarrier.init(last_full, count=1)
+    mbarrier.init(last_empty, count=1)
     fence_async_shared()
 
     gdc_launch_dependents()
     part = gl.program_id(1)
-    shared, pieces, cuts, cuts_before = share(seq_lens_ptr, query_start_ptr, batch, part, parts, RAGGED)
+    shared, pieces, cuts, cuts_before = share(
+        seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+    )  # fmt: skip
     if gl.program_id(0) == 0:  # split_merge.py says what this is
         if part == 0:
             gl.store(plan_ptr, cuts)
@@ -91,7 +98,10 @@ def _decode_kernel(
     barrier()
 
     work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
-    smem = Shared(k_s, rope_s, weight_s, factor_s, grew_s, k_full, k_empty, weight_full, weight_empty)
+    smem = Shared(
+        k_s, rope_s, weight_s, factor_s, grew_s, last_s,
+        k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
+    )  # fmt: skip
     q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
@@ -224,6 +234,6 @@ def run(
     )  # fmt: skip
     merge_parts(
         out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-        query_len=query_len, rows=rows, max_cuts=min(B, parts), num_sms=device.num_sms, overlap=True,
+        query_len=query_len, rows=rows, requests=B, parts=parts, num_sms=device.num_sms, overlap=True,
     )  # fmt: skip
     return out_TNL, lse_TN
