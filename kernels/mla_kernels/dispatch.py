@@ -61,6 +61,10 @@ class Kernel:
             if (error.name or "").startswith("mla_kernels"):
                 raise  # a fault of ours, not a package that the user lacks
             return [f"needs the package {error.name}, which is not installed"]
+        except ImportError as error:
+            if not (error.name or "").startswith("triton"):
+                raise
+            return [f"needs another Triton: {error}"]  # Gluon is experimental: names come and go
 
     @property
     def run(self) -> Callable:
@@ -71,9 +75,7 @@ class Kernel:
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
-        # gluon_sm90 is faster on Hopper, but its present form has not run in an engine on a GPU. Until its tests have
-        # (integration_tests/test_vllm_gpu.py), it stands last, where only its name selects it; then put it first.
-        "decode": ("decode.triton_splitkv", "decode.torch_decode", "decode.gluon_sm90"),
+        "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.torch_decode"),
         "prefill": ("prefill.triton_ragged", "prefill.torch_prefill"),
         "cache_write": ("cache.triton_write", "cache.torch_write"),
         "cache_gather": ("cache.triton_gather", "cache.torch_gather"),

@@ -7,11 +7,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 # Triton 3.8 renamed these; 3.9 refuses the old names. Remove the old ones with Triton 3.7.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # of the warps that run the same role
+tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)
+cp_async = getattr(async_copy, "async_load", None) or getattr(async_copy, "async_copy_global_to_shared", None)
+barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # of the warps that run the same role
 # Asked of the language itself: Gluon is experimental, and its shape says more than a version.
-KNOWN_GLUON = "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
+KNOWN_GLUON = all((tma_load, cp_async, barrier)) and (
+    "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
+)
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 

@@ -152,7 +152,7 @@ def gather_keys(
 @gluon.jit
 def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying columns column .. column + WIDTH - 1 of a tile's query rows."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # of two rows a thread: few addresses
     c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
     i = gl.arange(0, ROWS, gl.SliceLayout(1, lay))
     r = token * N + row + i

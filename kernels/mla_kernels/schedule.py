@@ -42,14 +42,31 @@ def _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED: gl.constexpr):
 
 
 @gluon.jit
+def _ratio(x, y, reciprocal):
+    """x // y of numbers that are not negative, where the result is small: y times it must be exact, and a float32
+    nearly so. A few instructions; a division of integers is thirty, one after the other."""
+    q = gl.floor(x * reciprocal).to(gl.int32)
+    q = gl.where((q + 1) * y <= x, q + 1, q)
+    return gl.where(q * y > x, q - 1, q)
+
+
+@gluon.jit
+def _round_up(x, y):
+    """The least q with q * y >= x."""
+    return _ratio(x + y - 1, y, 1.0 / y)
+
+
+@gluon.jit
 def _part_size(total, longest, batch, parts, rows):
     """Blocks of a part: an even share, or somewhat more where that costs less than it saves."""
-    size = gl.maximum((total + parts - 1) // parts, 1)
+    size = gl.maximum(_round_up(total, parts), 1)
     # Pieces of a request write partial answers and read them again, 4 KiB a query row; the fewer the pieces the less.
-    size = gl.maximum(size, gl.sqrt(total * (rows / ROWS_OF_A_BLOCK)).to(gl.int32))
-    whole = (size + longest - 1) // longest * longest
-    saved = MERGE + CUT * gl.minimum(batch, parts) // parts
-    return gl.where((total == batch * longest) & ((whole - size) * UNIT < saved), whole, size)
+    size = gl.maximum(size, gl.floor(gl.sqrt(total * (rows / ROWS_OF_A_BLOCK))).to(gl.int32))
+    whole = _round_up(size, longest) * longest
+    uniform = total == batch * longest
+    more = gl.minimum(whole - size, 64)  # as far as it matters, so that products fit an integer
+    saves = more * UNIT * parts < MERGE * parts + CUT * gl.minimum(batch, parts)
+    return gl.where(uniform & saves, whole, size)
 
 
 @gluon.jit
@@ -67,6 +84,7 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
         total += gl.sum(cost, 0)
         longest = gl.maximum(longest, gl.max(cost, 0))
     size = _part_size(total, longest, batch, parts, rows)
+    reciprocal = 1.0 / size
 
     begin_of_part = part * size
     end_of_part = gl.minimum(begin_of_part + size, total)
@@ -84,7 +102,7 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
         passed = ((end <= begin_of_part) & real).to(gl.int32)
         done = ((end < end_of_part) & real).to(gl.int32)
         last = ((end >= end_of_part) & (end - cost < end_of_part)).to(gl.int32)
-        cut = ((end - 1) // size > (end - cost) // size).to(gl.int32)
+        cut = ((_ratio(end - cost, size, reciprocal) + 1) * size < end).to(gl.int32)
         sums = gl.reduce((passed, passed * cost, done, done * cost, last * cost, cut, cut * done), 0, _add7)
         first_request += sums[0]
         first_block -= sums[1]
@@ -101,7 +119,7 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
         last_request = first_request - 1
     else:
         if (last_start >= begin_of_part) & (end_block < last_cost):
-            pieces = (last_start + last_cost - 1) // size - part + 1
+            pieces = _ratio(last_start + last_cost - 1, size, reciprocal) - part + 1
     return (first_request, first_block, last_request, end_block), pieces, cuts, cuts_before
 
 

@@ -33,15 +33,16 @@ def _merge_kernel(
 
     Shape suffixes: S pieces at once, R rows, C columns.
     """
+    entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
+    s_S, r_R, c_C = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R), tl.arange(0, COLUMNS)
     if PDL:
         gdc_wait()
-    tasks = tl.load(plan_ptr) * units
-    entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
     request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    s_S, r_R, c_C = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R), tl.arange(0, COLUMNS)
+    # The minimum changes nothing, but the compiler would else load the entry only when it knows that the loop begins.
+    tasks = tl.minimum(tl.load(plan_ptr), (request | part | pieces) + (1 << 30)) * units
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         row_R = (task % units) // (L // COLUMNS) * BLOCK_R + r_R
-        column = (task % units) % (L // COLUMNS) * COLUMNS
+        column_C = (task % units) % (L // COLUMNS) * COLUMNS + c_C
         first_token, tokens = request * query_len, query_len
         if RAGGED:
             first_token = tl.load(query_start_ptr + request)
@@ -57,7 +58,7 @@ def _merge_kernel(
             slot_S = (2 * (part + piece_S) + tl.where(piece_S == 0, 1, 0)).to(tl.int64)
             at_SR = slot_S[:, None] * rows_per_slot + row_R[None, :]
             lse_SR = tl.load(part_lse_ptr + at_SR, mask=here_SR, other=-float("inf"))
-            at_SRC = at_SR[:, :, None] * L + (column + c_C)[None, None, :]
+            at_SRC = at_SR[:, :, None] * L + column_C[None, None, :]
             values_SRC = tl.load(part_ptr + at_SRC, mask=here_SR[:, :, None], other=0.0)
             new_top_R = tl.maximum(top_R, tl.max(lse_SR, 0))
             shift_R = tl.where(new_top_R == -float("inf"), 0.0, new_top_R)
@@ -69,28 +70,24 @@ def _merge_kernel(
 
         safe_R = tl.where(total_R > 0, total_R, 1.0)
         token_R, head_R = (first_token + row_R // N).to(tl.int64), (row_R % N).to(tl.int64)
-        at_out = (token_R * stride_out_t + head_R * stride_out_n)[:, None] + (column + c_C)[None, :]
+        at_out = (token_R * stride_out_t + head_R * stride_out_n)[:, None] + column_C[None, :]
         tl.store(out_ptr + at_out, (acc_RC / safe_R[:, None]).to(out_ptr.dtype.element_ty), mask=real_R[:, None])
         lse_R = (top_R + tl.log2(safe_R)) * LN_2
-        tl.store(lse_ptr + token_R * stride_lse_t + head_R * stride_lse_n, lse_R, mask=real_R & (column == 0))
+        first_columns = (task % units) % (L // COLUMNS) == 0
+        tl.store(lse_ptr + token_R * stride_lse_t + head_R * stride_lse_n, lse_R, mask=real_R & first_columns)
         entry = plan_ptr + 4 * (1 + tl.minimum(task + tl.num_programs(0), tasks - 1) // units)
         request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
 def _tile(requests: int, parts: int, rows: int) -> tuple[int, int, int]:
-    """(pieces, query rows, columns) that a program looks at at once. Few forms, so that few kernels are compiled.
+    """(pieces, query rows, columns) that a program looks at at once, the fastest of 16 on an H200.
 
-    As many pieces as an even batch's requests have, so that loads of all are under way together, and 16 to 64 values a
-    thread: with fewer, fixed work prevails, which it does at this size already where tasks are many.
+    Few forms, so that few kernels are compiled. With many pieces a request, all of them at once, for each step of the
+    loop waits for memory; where tasks are many, larger ones, for what a task does beside loading takes time too.
     """
-    pieces = parts // requests
-    if pieces >= 64:
-        return 128, 1, 64
-    if pieces >= 16:
-        return 64, 1, 128
-    if pieces >= 6:
-        return 16, 1, 128 if requests * rows < 512 else 512
-    return 4, 1 if requests * rows < 2048 else 4, 512
+    if parts // requests >= 16:
+        return (128, 1, 64) if requests * rows <= 64 else (32, 1, 256)
+    return 8, 2, 512
 
 
 def merge_parts(

@@ -256,7 +256,7 @@ gl = SimpleNamespace(
     zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout: _tensor(np.full(shape, value, dtype)),
     load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.maximum),
-    minimum=_elementwise(np.minimum), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2), sqrt=_elementwise(np.sqrt),
+    minimum=_elementwise(np.minimum), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2), sqrt=_elementwise(np.sqrt), floor=_elementwise(np.floor),
     sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
     max=lambda x, axis: _tensor(np.max(np.asarray(x), axis)), min=lambda x, axis: _tensor(np.min(np.asarray(x), axis)),
     reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),

@@ -134,6 +134,15 @@ def test_broken_module_propagates(monkeypatch, offer, tmp_path):
         select("decode", PROBLEM, H200)
 
 
+def test_another_triton_is_a_reason(monkeypatch, offer, tmp_path):
+    (tmp_path / "kernel_of_tomorrow.py").write_text("from triton.language import there_is_no_such_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    offer(Kernel(module="kernel_of_tomorrow"), fake_kernel(monkeypatch, "second"))
+    chosen = select("decode", PROBLEM, H200)
+    assert chosen.kernel.name == "second"
+    assert re.search("needs another Triton: .*there_is_no_such_name", chosen.refused["kernel_of_tomorrow"][0])
+
+
 def test_unknown_operation_names_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown operation 'encode'; choose from decode, prefill, cache_write"):
         select("encode", PROBLEM, H200)
@@ -141,7 +150,7 @@ def test_unknown_operation_names_the_known_ones():
 
 @pytest.mark.parametrize("name", ["flashinfer", "", "mla_kernels.decode.triton_splitkv", "AUTO"])
 def test_unknown_kernel_names_the_known_ones(name):
-    known = "auto, triton_splitkv, torch_decode, gluon_sm90"
+    known = "auto, gluon_sm90, triton_splitkv, torch_decode"
     with pytest.raises(ValueError, match=rf"unknown decode kernel .*; choose from {known}"):
         select("decode", PROBLEM, H200, kernel=name)
 
@@ -181,9 +190,10 @@ def test_cpu_without_interpreter_refuses_gpu_kernels(operation, kernel):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_automatic_choice(operation):
-    """Triton on GPUs and in the interpreter, PyTorch on a plain CPU, and the reason for it."""
-    for device in (H200, MI300):
-        assert select(operation, PROBLEM, device).kernel.name.startswith("triton_")
+    """Triton on GPUs and in the interpreter, Gluon where it fits, PyTorch on a plain CPU, and the reason for it."""
+    assert select(operation, PROBLEM, MI300).kernel.name.startswith("triton_")
+    best = select(operation, PROBLEM, H200).kernel.name
+    assert best == "gluon_sm90" if operation == "decode" else best.startswith("triton_")
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
         chosen = select(operation, problem_for(dtype, name), INTERPRETER)
         assert chosen.kernel.name.startswith("triton_"), str(chosen)

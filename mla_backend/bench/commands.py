@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.results import PEERS
 
 bench = typer.Typer(help="Time our kernels beside other people's, on one GPU.", no_args_is_help=True)
@@ -77,7 +78,7 @@ def decode(
         raise typer.BadParameter(str(error)) from None
     try:
         rows, refusals = benchmark.run(chosen, peers=peers, page_size=page_size, kernel=kernel, csv=csv)
-    except benchmark.BenchmarkError as error:
+    except BenchmarkError as error:
         raise fail(error) from None
     report.show(rows, refusals)
     if plot:
@@ -99,3 +100,34 @@ def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
         raise fail(error) from None
     draw(rows, png)
     typer.echo(str(png))
+
+
+@bench.command()
+def engine(
+    backends: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="vLLM's names of attention backends, with commas between; CUSTOM is ours, and CUSTOM:NAME ours with "
+            "the decode kernel of that name.",
+        ),
+    ] = "CUSTOM,FLASHMLA,FLASH_ATTN_MLA",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,
+    csv: Annotated[pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows.")] = None,
+) -> None:
+    """Time decode steps of vLLM with a model of DeepSeek-V2-Lite's shape and random weights, a process a backend."""
+    from mla_backend.bench import engine as benchmark
+    from mla_backend.bench.results import write_csv
+
+    engines = [benchmark.Engine.parse(name) for name in backends.split(",")]
+    try:
+        rows = benchmark.run(engines, layers=layers)
+    except BenchmarkError as error:
+        raise fail(error) from None
+    if csv:
+        write_csv(rows, csv, benchmark.COLUMNS)
+    from rich import print as show
+
+    from mla_backend.bench.report import engine_table
+
+    show(engine_table(rows))

@@ -6,7 +6,6 @@ timed. Then each case is timed on input sets that together overflow the L2 cache
 """
 
 import dataclasses
-import datetime
 import math
 import pathlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from mla_backend.attention import MLAAttention
 from mla_backend.bench import results
 from mla_backend.bench.cases import Case, geometry_for
+from mla_backend.bench.machine import BenchmarkError, machine, need_gpu
 from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
@@ -26,10 +26,6 @@ from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
 
 DTYPE = torch.bfloat16
 PEER_ERROR = 2e-2  # of the norm; the peers' own errors in bf16 are ten times smaller
-
-
-class BenchmarkError(RuntimeError):
-    """The benchmark cannot go on. The message is for the user."""
 
 
 def make_inputs(case: Case, *, page_size: int, dtype: torch.dtype, device: str = "cuda", seed: int = 0) -> DecodeInputs:
@@ -184,30 +180,6 @@ def measure(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torc
         except Exception as error:  # whatever a peer says to a shape, or that it is not there, is a result
             refused(peer, why(error))
     return row
-
-
-def need_gpu() -> None:
-    """Raise BenchmarkError where torch sees no GPU."""
-    if torch.cuda.is_available():
-        return
-    built = torch.version.cuda or torch.version.hip
-    change = "run it on a machine that has one" if built else "install a build of torch for your GPU"
-    raise BenchmarkError(
-        f"the benchmark wants an NVIDIA or AMD GPU; torch {torch.__version__} "
-        f"{'sees none here' if built else 'is built for CPUs'}: {change}"
-    )
-
-
-def machine() -> dict:
-    """What the CSV says of the machine and the day."""
-    import triton
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
 
 
 def run(cases, *, peers, page_size: int = 64, kernel: str | None = None, csv: pathlib.Path | None = None):

@@ -76,3 +76,21 @@ def show(rows: list[dict], refusals: dict[tuple[str, str], list[str]]) -> None:
     for (peer, reason), cases in refusals.items():
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
         console.print(f"no {peer} ({cases[0]}{more}): {reason}", markup=False)
+
+
+def engine_table(rows: list[dict]) -> Table:
+    """Milliseconds a decode step of each backend, and its time over the first one's."""
+    first = rows[0]
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    table = Table(
+        title=f"Decode steps on {first['gpu']}, {first['date']}, vLLM {first['vllm']}, {first['layers']} layers",
+        caption=f"Milliseconds a step. x: the time over that of {backends[0]}, more than 1 is a win for it.",
+    )
+    table.add_column("requests x tokens", no_wrap=True)
+    for name in backends:
+        table.add_column(name, justify="right", no_wrap=True)
+    times = {(row["requests"], row["tokens"], row["backend"]): row["step_ms"] for row in rows}
+    for requests, tokens in dict.fromkeys((row["requests"], row["tokens"]) for row in rows):
+        ms = [times[requests, tokens, name] for name in backends]
+        table.add_row(f"{requests} x {tokens}", f"{ms[0]:.3f}", *(f"{t:.3f} ({t / ms[0]:.2f}x)" for t in ms[1:]))
+    return table

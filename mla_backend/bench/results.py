@@ -20,11 +20,11 @@ COLUMNS = (
 )
 
 
-def write_csv(rows: list[dict], path: pathlib.Path) -> None:
+def write_csv(rows: list[dict], path: pathlib.Path, columns=COLUMNS) -> None:
     """Write all rows anew; called after every case, so that a run which is killed keeps what it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
