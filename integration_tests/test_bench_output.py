@@ -198,9 +198,10 @@ def test_picture_without_matplotlib(arguments):
     assert "pip install 'mla-backend[bench]'" in line
 
 
-def test_without_a_gpu():
+@pytest.mark.parametrize("what", ["decode", "engine"])
+def test_without_a_gpu(what):
     pytest.importorskip("typer")
-    line = only_line(command("bench", "decode", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES=""))
+    line = only_line(command("bench", what, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES=""))
     assert "wants an NVIDIA or AMD GPU; torch " in line
     assert "install a build" in line or "run it on a machine" in line
 

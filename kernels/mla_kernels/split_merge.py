@@ -33,16 +33,15 @@ def _merge_kernel(
 
     Shape suffixes: S pieces at once, R rows, C columns.
     """
-    entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
-    s_S, r_R, c_C = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R), tl.arange(0, COLUMNS)
     if PDL:
         gdc_wait()
+    tasks = tl.load(plan_ptr) * units
+    entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
     request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    # The minimum changes nothing, but the compiler would else load the entry only when it knows that the loop begins.
-    tasks = tl.minimum(tl.load(plan_ptr), (request | part | pieces) + (1 << 30)) * units
+    s_S, r_R, c_C = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_R), tl.arange(0, COLUMNS)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         row_R = (task % units) // (L // COLUMNS) * BLOCK_R + r_R
-        column_C = (task % units) % (L // COLUMNS) * COLUMNS + c_C
+        column = (task % units) % (L // COLUMNS) * COLUMNS
         first_token, tokens = request * query_len, query_len
         if RAGGED:
             first_token = tl.load(query_start_ptr + request)
@@ -58,7 +57,7 @@ def _merge_kernel(
             slot_S = (2 * (part + piece_S) + tl.where(piece_S == 0, 1, 0)).to(tl.int64)
             at_SR = slot_S[:, None] * rows_per_slot + row_R[None, :]
             lse_SR = tl.load(part_lse_ptr + at_SR, mask=here_SR, other=-float("inf"))
-            at_SRC = at_SR[:, :, None] * L + column_C[None, None, :]
+            at_SRC = at_SR[:, :, None] * L + (column + c_C)[None, None, :]
             values_SRC = tl.load(part_ptr + at_SRC, mask=here_SR[:, :, None], other=0.0)
             new_top_R = tl.maximum(top_R, tl.max(lse_SR, 0))
             shift_R = tl.where(new_top_R == -float("inf"), 0.0, new_top_R)
@@ -70,11 +69,10 @@ def _merge_kernel(
 
         safe_R = tl.where(total_R > 0, total_R, 1.0)
         token_R, head_R = (first_token + row_R // N).to(tl.int64), (row_R % N).to(tl.int64)
-        at_out = (token_R * stride_out_t + head_R * stride_out_n)[:, None] + column_C[None, :]
+        at_out = (token_R * stride_out_t + head_R * stride_out_n)[:, None] + (column + c_C)[None, :]
         tl.store(out_ptr + at_out, (acc_RC / safe_R[:, None]).to(out_ptr.dtype.element_ty), mask=real_R[:, None])
         lse_R = (top_R + tl.log2(safe_R)) * LN_2
-        first_columns = (task % units) % (L // COLUMNS) == 0
-        tl.store(lse_ptr + token_R * stride_lse_t + head_R * stride_lse_n, lse_R, mask=real_R & first_columns)
+        tl.store(lse_ptr + token_R * stride_lse_t + head_R * stride_lse_n, lse_R, mask=real_R & (column == 0))
         entry = plan_ptr + 4 * (1 + tl.minimum(task + tl.num_programs(0), tasks - 1) // units)
         request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 

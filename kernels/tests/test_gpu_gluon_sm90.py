@@ -13,6 +13,7 @@ pytestmark = [
     ),
 ]
 
+TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90")
 
 
@@ -27,7 +28,7 @@ def poisoned_workspace(case):
     assert KERNEL.unsupported(problem, device_of(cache)) == []
     shapes = KERNEL.load().workspace(problem, device_of(cache), max_requests=len(case.arrays[4]))
     return tuple(
-        torch.full(shape, -1 if dtype == torch.int32 else torch.nan, dtype=dtype, device="cuda")
+        torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype, device="cuda")
         for shape, dtype in shapes
     )
 

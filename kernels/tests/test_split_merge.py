@@ -16,8 +16,8 @@ HEADS = 2
 
 
 def cut(pieces: list[int], tokens: list[int], latent: int, dead=()):
-    """Scratch as a decode kernel leaves it, NaN where nobody wrote: (values, base-2 LSE, plan, parts), and what each
-    cut request's pieces hold.
+    """Scratch as a decode kernel leaves it, with NaN and floats' bits where nobody wrote: (values, base-2 LSE, plan,
+    parts), and what each cut request's pieces hold.
 
     pieces, tokens: of each request; one piece is no cut.  dead: requests of which no piece sees a key.
     """
@@ -25,7 +25,7 @@ def cut(pieces: list[int], tokens: list[int], latent: int, dead=()):
     parts = 3 + sum(pieces)
     values = torch.full((2 * parts, max(tokens) * HEADS, latent), torch.nan)
     lse = torch.full(values.shape[:2], torch.nan)
-    plan = torch.full((parts + 1, 4), -1, dtype=torch.int32)
+    plan = torch.rand(parts + 1, 4, generator=generator).add(2).view(torch.int32)  # floats that others left there
     held = {}
     part = 3  # what parts before it do is not cut
     for request, count in enumerate(pieces):
@@ -59,7 +59,7 @@ def merged(values, lse):
 @pytest.mark.parametrize(
     ("pieces", "tokens", "dead"),
     [
-        ([1, 1], [1, 1], ()),
+        ([1, 1], [8, 8], ()),
         ([2], [1], ()),
         ([130], [1], ()),
         ([1, 2, 1, 3, 2, 1], [2] * 6, ()),

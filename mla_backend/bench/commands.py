@@ -121,7 +121,7 @@ def engine(
 
     engines = [benchmark.Engine.parse(name) for name in backends.split(",")]
     try:
-        rows = benchmark.run(engines, layers=layers)
+        rows = benchmark.run(engines, benchmark.Experiment(model=benchmark.MODEL | {"num_hidden_layers": layers}))
     except BenchmarkError as error:
         raise fail(error) from None
     if csv:

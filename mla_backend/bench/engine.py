@@ -48,10 +48,21 @@ MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of l
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-WORKLOADS = ((64, 512), (64, 8192), (8, 32768), (1, 32768))  # requests, prompt tokens of each
-CACHE_BYTES = 8 << 30  # of each engine: its own share, so that engines beside it change nothing
 STEPS = 129
 COLUMNS = ("date", "gpu", "torch", "triton", "vllm", "backend", "layers", "requests", "tokens", "step_ms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What every engine does.
+
+    model: what its config.json says.  workloads: (requests, prompt tokens of each).
+    cache_bytes: of each engine, fixed, so that those beside it change nothing.
+    """
+
+    model: dict
+    workloads: tuple[tuple[int, int], ...] = ((64, 512), (64, 8192), (8, 32768), (1, 32768))
+    cache_bytes: int = 8 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,25 +82,25 @@ class Engine:
         return ":".join((self.backend, *(value for _, value in self.environment)))
 
 
-def start(folder: str, engine: Engine, workloads):
-    """The engine, with graphs for these batch sizes, and vLLM's version."""
+def start(folder: str, engine: Engine, experiment: Experiment):
+    """The engine, with graphs for its batch sizes, and vLLM's version."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **dict(engine.environment)}
     import vllm
 
-    longest = max(tokens for _, tokens in workloads)
+    requests, tokens = zip(*experiment.workloads, strict=True)
     llm = vllm.LLM(
         model=folder,
         load_format="dummy",
         skip_tokenizer_init=True,
         attention_backend=engine.backend,
-        max_model_len=longest + 8192,
-        max_num_seqs=max(requests for requests, _ in workloads),
-        kv_cache_memory_bytes=CACHE_BYTES,
+        max_model_len=max(tokens) + 8192,
+        max_num_seqs=max(requests),
+        kv_cache_memory_bytes=experiment.cache_bytes,
         enable_prefix_caching=True,
         compilation_config={
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sorted({requests for requests, _ in workloads}),
+            "cudagraph_capture_sizes": sorted(set(requests)),
         },
     )
     return llm, vllm.__version__
@@ -117,17 +128,17 @@ def step_ms(llm, requests: int, tokens: int) -> float:
     return 1e3 * statistics.median(times[-STEPS * 3 // 4 : -1])
 
 
-def serve(connection, folder: str, engine: Engine, workloads) -> None:
+def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
     """A process's life: build the engine, then answer (requests, tokens) with milliseconds until None comes."""
     try:
-        llm, version = start(folder, engine, workloads)
-        for requests, tokens in workloads:
+        llm, version = start(folder, engine, experiment)
+        for requests, tokens in experiment.workloads:
             step_ms(llm, requests, tokens)  # whatever compiles at first use
         connection.send(version)
         while workload := connection.recv():
             connection.send(step_ms(llm, *workload))
     except Exception as error:
-        connection.send(error if isinstance(error, BenchmarkError) else BenchmarkError(f"{engine}: {error!r:.300}"))
+        connection.send(BenchmarkError(f"{engine}: {type(error).__name__}: {error!s:.600}"))
 
 
 def _answer(process, connection, engine: Engine):
@@ -141,17 +152,17 @@ def _answer(process, connection, engine: Engine):
     return answer
 
 
-def _start_all(folder: str, engines: list[Engine], workloads):
+def _start_all(folder: str, engines: list[Engine], experiment: Experiment):
     """(process, connection, engine) of each, all on their way at once."""
     context = multiprocessing.get_context("spawn")
     for engine in engines:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, folder, engine, workloads), daemon=True)
+        process = context.Process(target=serve, args=(theirs, folder, engine, experiment), daemon=True)
         process.start()
         yield process, ours, engine
 
 
-def run(engines: list[Engine], *, layers: int, workloads=WORKLOADS, model=MODEL) -> list[dict]:
+def run(engines: list[Engine], experiment: Experiment) -> list[dict]:
     """Rows of COLUMNS: every engine of a workload before the next workload.
 
     Raises BenchmarkError without a GPU and when an engine does not start.
@@ -159,16 +170,16 @@ def run(engines: list[Engine], *, layers: int, workloads=WORKLOADS, model=MODEL)
     need_gpu()
     facts = machine()
     with tempfile.TemporaryDirectory() as folder:
-        pathlib.Path(folder, "config.json").write_text(json.dumps(model | {"num_hidden_layers": layers}))
-        workers = list(_start_all(folder, engines, workloads))
+        pathlib.Path(folder, "config.json").write_text(json.dumps(experiment.model))
+        workers = list(_start_all(folder, engines, experiment))
         try:
             versions = [_answer(*worker) for worker in workers]
             rows = []
-            for requests, tokens in workloads:
+            for requests, tokens in experiment.workloads:
                 for (process, connection, engine), version in zip(workers, versions, strict=True):
                     connection.send((requests, tokens))
                     ms = round(_answer(process, connection, engine), 3)
-                    row = {"vllm": version, "backend": str(engine), "layers": layers}
+                    row = {"vllm": version, "backend": str(engine), "layers": experiment.model["num_hidden_layers"]}
                     rows.append(facts | row | {"requests": requests, "tokens": tokens, "step_ms": ms})
                     print(f"{requests} x {tokens} tokens, {engine}: {ms} ms a step", flush=True)
             return rows

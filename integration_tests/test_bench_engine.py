@@ -1,0 +1,59 @@
+"""`bench engine` with a real engine: on a CPU its times mean nothing, but everything else does."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from mla_backend.bench import engine
+from mla_backend.bench.machine import BenchmarkError
+from mla_backend.bench.report import engine_table
+from mla_backend.bench.results import write_csv
+
+TINY = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 2, "n_routed_experts": 8, "vocab_size": 2000, "num_hidden_layers": 1}
+EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY, workloads=((2, 64), (1, 128)), cache_bytes=1 << 27)
+FACTS = {"date": "2026-01-02", "gpu": "a CPU", "torch": "2", "triton": "3"}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_needed(monkeypatch):
+    monkeypatch.setattr(engine, "need_gpu", lambda: None)
+    monkeypatch.setattr(engine, "machine", lambda: FACTS)
+
+
+def test_names_of_engines():
+    assert engine.Engine.parse(" FLASHMLA ") == engine.Engine(backend="FLASHMLA")
+    ours = engine.Engine.parse("CUSTOM:gluon_sm90")
+    assert ours == engine.Engine(backend="CUSTOM", environment=(("MLA_BACKEND_DECODE", "gluon_sm90"),))
+    assert str(ours) == "CUSTOM:gluon_sm90"
+
+
+def test_steps_of_a_real_engine(tmp_path, capfd):
+    rows = engine.run([engine.Engine.parse("CUSTOM:torch_decode")], EXPERIMENT)
+    assert "decode torch_decode" in capfd.readouterr().out
+    assert [(row["requests"], row["tokens"], row["backend"]) for row in rows] == [
+        (2, 64, "CUSTOM:torch_decode"),
+        (1, 128, "CUSTOM:torch_decode"),
+    ]
+    assert all(0.1 < row["step_ms"] < 1000 for row in rows)
+    write_csv(rows, tmp_path / "steps.csv", engine.COLUMNS)
+    header, first, _ = (tmp_path / "steps.csv").read_text().splitlines()
+    assert header == "date,gpu,torch,triton,vllm,backend,layers,requests,tokens,step_ms"
+    assert first.startswith("2026-01-02,a CPU,2,3,")
+
+
+def test_engine_that_does_not_start(capfd):
+    with pytest.raises(BenchmarkError, match=r"CUSTOM:no_such_kernel: .*unknown decode kernel 'no_such_kernel'"):
+        engine.run([engine.Engine.parse("CUSTOM:no_such_kernel")], EXPERIMENT)
+
+
+def test_table():
+    def row(backend, tokens, ms):
+        return FACTS | {"vllm": "0", "backend": backend, "layers": 1, "requests": 2, "tokens": tokens, "step_ms": ms}
+
+    table = engine_table([row("CUSTOM", 64, 2.0), row("FLASHMLA", 64, 3.0), row("CUSTOM", 8, 1), row("FLASHMLA", 8, 1)])
+    assert [list(column.cells) for column in table.columns] == [
+        ["2 x 64", "2 x 8"],
+        ["2.000", "1.000"],
+        ["3.000 (1.50x)", "1.000 (1.00x)"],
+    ]
