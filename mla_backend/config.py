@@ -8,6 +8,16 @@ import mla_kernels
 OPERATIONS = tuple(mla_kernels.OPERATIONS)
 
 
+def variable(operation: str) -> str:
+    """The environment variable that names an operation's kernel."""
+    return f"MLA_BACKEND_{operation.upper()}"
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    """Set what this process, which is one of our own, and an engine in it will read."""
+    os.environ.update(variables)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLABackendConfig:
     """What the user set.
@@ -22,7 +32,7 @@ class MLABackendConfig:
     @classmethod
     def from_environment(cls) -> "MLABackendConfig":
         """MLA_BACKEND_DISABLE=1 disables; MLA_BACKEND_<OPERATION> names the kernel of an operation."""
-        kernels = tuple((name, os.environ.get(f"MLA_BACKEND_{name.upper()}", "") or "auto") for name in OPERATIONS)
+        kernels = tuple((name, os.environ.get(variable(name), "") or "auto") for name in OPERATIONS)
         return cls(disabled=os.environ.get("MLA_BACKEND_DISABLE", "0") == "1", kernels=kernels)
 
     def kernel_for(self, operation: str) -> str:

@@ -7,7 +7,6 @@ weights: good for speed, never for correctness. Prompts are in the prefix cache 
 
 import json
 import multiprocessing
-import os
 import pathlib
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ import time
 from dataclasses import dataclass
 
 from mla_backend.bench.machine import BenchmarkError, machine, need_gpu
+from mla_backend.config import set_environment, variable
 
 MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of layers
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -76,7 +76,7 @@ class Engine:
     def parse(cls, text: str) -> "Engine":
         """`CUSTOM`, `FLASHMLA`; `CUSTOM:gluon_sm90` names our decode kernel."""
         backend, _, kernel = text.strip().partition(":")
-        return cls(backend=backend, environment=(("MLA_BACKEND_DECODE", kernel),) if kernel else ())
+        return cls(backend=backend, environment=((variable("decode"), kernel),) if kernel else ())
 
     def __str__(self) -> str:
         return ":".join((self.backend, *(value for _, value in self.environment)))
@@ -84,7 +84,7 @@ class Engine:
 
 def start(folder: str, engine: Engine, experiment: Experiment):
     """The engine, with graphs for its batch sizes, and vLLM's version."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **dict(engine.environment)}
+    set_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **dict(engine.environment)})
     import vllm
 
     requests, tokens = zip(*experiment.workloads, strict=True)
