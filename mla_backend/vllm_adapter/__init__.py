@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points, version
 
 from mla_backend.config import MLABackendConfig
+from mla_backend.models import UNLISTED
 from mla_backend.vllm_adapter import compat
 
 NAME = "CUSTOM"  # vLLM's slot for backends from outside, and what the user's flag says
@@ -14,12 +15,15 @@ CPU_PLATFORM = "mla_backend.vllm_adapter.cpu_platform.MLACpuPlatform"
 
 
 def register() -> None:
-    """Put our classes into vLLM's `CUSTOM` slots for attention and for MLA prefill."""
-    if MLABackendConfig.from_environment().disabled:
+    """Put our classes into vLLM's `CUSTOM` slots for attention and for MLA prefill, and teach it models."""
+    config = MLABackendConfig.from_environment()
+    if config.disabled:
         return
     from vllm.logger import init_logger
     from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from mla_backend.vllm_adapter.model_types import teach
 
     logger = init_logger("vllm.mla_backend")
     for message in compat.warnings():
@@ -33,6 +37,7 @@ def register() -> None:
                 "mla_backend takes %s from %s. Set MLA_BACKEND_DISABLE=1 to leave it there.", slot, slot.get_path()
             )
         add(slot, path)
+    teach((*UNLISTED, *config.model_types))
     logger.debug("mla_backend %s registered as CUSTOM", version("mla-backend"))
 
 

@@ -8,8 +8,9 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.v1.attention.backend import MultipleOf
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
-from mla_backend.models import geometry_of, sparse_model
+from mla_backend.models import family_of, geometry_of
 from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
+from mla_backend.vllm_adapter.model_types import not_served_as_mla
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
 PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
@@ -62,12 +63,14 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     hf_config = vllm_config.model_config.hf_text_config
     if not use_mla:
         return [
-            "mla_backend serves MLA layers only, and this model has none or has others beside them; leave out "
+            not_served_as_mla(vllm_config.model_config)
+            or "mla_backend serves MLA layers only, and this model has none or has others beside them; leave out "
             "--attention-backend CUSTOM, or name it for MLA layers alone: -ac.backend_per_kind.mla_attention CUSTOM"
         ]
     reasons = []
-    if name := sparse_model(hf_config):
-        reasons.append(f"mla_backend has no sparse MLA attention yet, which {name} needs; leave out CUSTOM")
+    family = family_of(hf_config)
+    if family.missing:
+        reasons.append(f"{family.name} needs {family.missing}, and mla_backend has none yet; leave out CUSTOM")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         size = vllm_config.parallel_config.decode_context_parallel_size
         reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
