@@ -1,8 +1,8 @@
 """Who may import, ask and know what. Each rule is one small scan of the source.
 
-examples, integration_tests, mla_backend/{cli, bench}
+examples, integration_tests, mla_backend/{cli, bench, doctor}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
-  -> mla_backend: attention, steps, models, config  (no engine)
+  -> mla_backend: attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
      -> hopper_decode, split_merge -> schedule -> hopper, primitives -> device, layout, geometry
 """
@@ -233,9 +233,9 @@ def test_adapter_knows_one_engine(path):
     assert adapters <= {f"{engine}_adapter"}
 
 
-@pytest.mark.parametrize("path", sources(BACKEND, but=(*ADAPTERS, "bench")))
+@pytest.mark.parametrize("path", sources(BACKEND, but=(*ADAPTERS, "bench", "doctor")))
 def test_engines_are_imported_only_by_adapters(path):
-    """Inside a function counts. Benchmarks call other people's kernels, so they may."""
+    """Inside a function counts. Benchmarks call other people's kernels, and the doctor asks adapters, so they may."""
     tree = parse(path)
     assert not roots(tree) & ENGINES
     if path.name != "__init__.py":  # the entry points hand over to an adapter
@@ -273,7 +273,7 @@ def test_device_is_asked_in_one_place(path):
 # Rule 6: engine versions are looked at only in compat.py; the plugin's environment variables only in config.py.
 
 
-@pytest.mark.parametrize("path", [*sources(BACKEND, but=("bench", *COMPAT)), *sources(KERNELS)])
+@pytest.mark.parametrize("path", [*sources(BACKEND, but=("bench", "doctor", *COMPAT)), *sources(KERNELS)])
 def test_engine_versions_are_compared_in_one_place(path):
     assert list(compares_versions(parse(path))) == []
 
@@ -314,7 +314,7 @@ def test_import_is_cold(module):
 
 
 def test_engine_free_modules_import_no_engine():
-    paths = [p.values[0].relative_to(ROOT) for p in sources(BACKEND, but=(*ADAPTERS, "bench"))]
+    paths = [p.values[0].relative_to(ROOT) for p in sources(BACKEND, but=(*ADAPTERS, "bench", "doctor"))]
     modules = [".".join(p.with_suffix("").parts).removesuffix(".__init__") for p in paths]
     assert "mla_backend.attention" in modules
     assert not newly_imported(modules) & HEAVY

@@ -10,6 +10,7 @@ def application():
     import typer
 
     from mla_backend.bench.commands import bench
+    from mla_backend.doctor.commands import doctor
 
     app = typer.Typer(
         help="Multi-Head Latent Attention for vLLM: what this package can show of itself.",
@@ -17,8 +18,8 @@ def application():
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)  # keeps `bench` a group of its own while it is the only one
     app.add_typer(bench, name="bench")
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
     return app
 
 

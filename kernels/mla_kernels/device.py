@@ -34,6 +34,7 @@ class Device:
     arch: 90 for sm_90, "gfx942" for AMD, 0 for a CPU.
     num_sms: multiprocessors (compute units on AMD); on a CPU how many programs to cut work into.
     interpreted: Triton kernels run on CPU tensors (TRITON_INTERPRET=1).
+    memory_bytes: of the whole GPU; 0 for a CPU.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Device:
     name: str = "cpu"
     num_sms: int = 4
     interpreted: bool = False
+    memory_bytes: int = 0
 
     @property
     def runs_triton(self) -> bool:
@@ -62,15 +64,24 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def default_place() -> str:
+    """ "cuda" where PyTorch sees a GPU, NVIDIA's or AMD's, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @cache
 def cuda_device(index: int) -> Device:
     """The CUDA or ROCm device number `index`."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
-        return Device("hip", arch, properties.name, properties.multi_processor_count, interpreting())
+        return Device(
+            "hip", arch, properties.name, properties.multi_processor_count, interpreting(), properties.total_memory
+        )
     arch = properties.major * 10 + properties.minor
-    return Device("cuda", arch, properties.name, properties.multi_processor_count, interpreting())
+    return Device(
+        "cuda", arch, properties.name, properties.multi_processor_count, interpreting(), properties.total_memory
+    )
 
 
 def device_of(where: torch.device | torch.Tensor | str) -> Device:

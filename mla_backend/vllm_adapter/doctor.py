@@ -1,0 +1,115 @@
+"""What `mla-backend doctor` asks vLLM: whether it has us, and what it would make of a model."""
+
+import contextlib
+import io
+import pathlib
+from dataclasses import dataclass
+
+from mla_backend.findings import Examination
+from mla_backend.models import family_of, mla_layers
+from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, PREFILL_BACKEND, compat
+from mla_kernels import Device, Problem
+
+_PLUGINS = "if VLLM_PLUGINS is set, name mla_backend in it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server as it would start: its problem, its layers with a latent cache and the bytes of its weights on one
+    rank, where they can be told."""
+
+    problem: Problem
+    layers: int | None
+    weight_bytes: int | None
+
+
+def check_registration(result: Examination, device: Device) -> None:
+    """Load vLLM's plugins as vLLM does, and see whether its slots are ours."""
+    try:
+        from vllm.plugins import load_general_plugins
+        from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        load_general_plugins()
+    except Exception as error:  # whatever a broken installation raises
+        result.fault(f"vLLM cannot be imported: {type(error).__name__}: {error!s:.300}", "reinstall vLLM")
+        return
+    for message in compat.warnings():
+        result.warn(message)
+    for slot, path in ((AttentionBackendEnum.CUSTOM, BACKEND), (MLAPrefillBackendEnum.CUSTOM, PREFILL_BACKEND)):
+        if slot.is_overridden() and slot.get_path() == path:
+            result.ok(f"{slot} is ours")
+        else:
+            holder = slot.get_path() if slot.is_overridden() else "nobody"
+            result.fault(f"{slot} belongs to {holder}", _PLUGINS)
+    if device.kind == "cpu":
+        _check_cpu_platform(result)
+
+
+def _check_cpu_platform(result: Examination) -> None:
+    from vllm.platforms import current_platform
+
+    name = f"{type(current_platform).__module__}.{type(current_platform).__qualname__}"
+    if name == CPU_PLATFORM:
+        result.ok("vLLM's CPU platform is ours, so it heeds --attention-backend CUSTOM")
+    else:
+        change = f"install vLLM's CPU build on a machine without a GPU; {_PLUGINS}"
+        result.fault(f"no GPU, and vLLM's platform is {name}, which ignores --attention-backend CUSTOM", change)
+
+
+def _config(model: str, options: list[str]):
+    """The config of `vllm serve MODEL --attention-backend CUSTOM` and `options`. Raises whatever vLLM raises."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    words = ["--model", model, "--attention-backend", "CUSTOM", "--skip-tokenizer-init", *options]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            parsed = parser.parse_args(words)
+        except SystemExit:
+            *_, last = said.getvalue().strip().splitlines()
+            raise ValueError(last.partition("error: ")[2] or last) from None
+    return EngineArgs.from_cli_args(parsed).create_engine_config()
+
+
+def server(result: Examination, model: str, options: list[str]) -> Server | None:
+    """The server that these options would start; None if it would not be served by us."""
+    from mla_backend.vllm_adapter.backend import make_problem, refusals
+
+    try:
+        config = _config(model, options)
+    except Exception as error:  # whatever vLLM says to a model or an option
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        result.fault(f"vLLM does not take {model}: {type(error).__name__}: {' '.join(reason)[:400]}")
+        return None
+    model_config, cache = config.model_config, config.cache_config
+    hf_config = model_config.hf_text_config
+    result.facts["model"] = f"{family_of(hf_config).name} (model_type {getattr(hf_config, 'model_type', 'none')})"
+    asked = {"dtype": model_config.dtype, "kv_cache_dtype": cache.cache_dtype}
+    page_size = cache.block_size if getattr(cache, "user_specified_block_size", True) else None
+    reasons = refusals(config, **asked, page_size=page_size, use_mla=model_config.use_mla)
+    for reason in reasons:
+        result.fault(reason)
+    if reasons:
+        return None
+    problem = make_problem(config, **asked, page_size=page_size)
+    result.facts["problem"] = str(problem)
+    return Server(
+        problem=problem,
+        layers=_layers(hf_config),
+        weight_bytes=_weight_bytes(model, config.parallel_config.tensor_parallel_size),
+    )
+
+
+def _layers(hf_config) -> int | None:
+    try:
+        return mla_layers(hf_config)
+    except ValueError:
+        return None
+
+
+def _weight_bytes(model: str, ranks: int) -> int | None:
+    """Bytes of a local checkpoint's weights, divided among ranks."""
+    files = list(pathlib.Path(model).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) // ranks or None
