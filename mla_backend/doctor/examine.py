@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.doctor.selftest import failure
 from mla_backend.findings import Examination
-from mla_kernels import Problem, UnsupportedMLA, device_of, select, tensor_bytes
+from mla_kernels import Device, Problem, UnsupportedMLA, device_of, select, tensor_bytes
 from mla_kernels.device import default_place
 
 PACKAGES = ("mla-backend", "torch", "triton", "vllm", "sglang", "transformers", "flashinfer-python")
@@ -61,16 +61,18 @@ def _cache(problem: Problem, layers: int) -> str:
     )
 
 
-def _memory(result: Examination, problem: Problem, layers: int | None, device, weights: int | None) -> None:
-    if not layers:
+def _memory(result: Examination, served, device: Device) -> None:
+    """Facts about the cache of `served`, a server as an adapter describes it."""
+    if not served.layers:
         return
-    result.facts["cache"] = _cache(problem, layers)
-    if device.memory_bytes and weights:
-        left = int(0.9 * device.memory_bytes) - weights
-        tokens = problem.layout.tokens_in(max(left, 0), num_layers=layers)
+    layout = served.problem.layout
+    result.facts["cache"] = _cache(served.problem, served.layers)
+    if device.memory_bytes and served.weight_bytes:
+        left = int(served.memory_share * device.memory_bytes) - served.weight_bytes
+        tokens = layout.tokens_in(max(left, 0), num_layers=served.layers)
         result.facts["pool"] = (
-            f"at most {tokens:,} tokens: 0.9 of {device.memory_bytes / 2**30:.1f} GiB less {weights / 2**30:.1f} GiB "
-            "of weights; activations and CUDA graphs take some of it"
+            f"at most {tokens:,} tokens: {served.memory_share:.2g} of {device.memory_bytes / 2**30:.1f} GiB less "
+            f"{served.weight_bytes / 2**30:.1f} GiB of weights; activations and CUDA graphs take some of it"
         )
 
 
@@ -97,6 +99,6 @@ def examine(model: str | None, options: list[str], *, self_test: bool = True) ->
         return result
     served = vllm.server(result, model, options)
     if served:
-        _memory(result, served.problem, served.layers, device, served.weight_bytes)
+        _memory(result, served, device)
         _kernels(result, served.problem, where, self_test=self_test)
     return result

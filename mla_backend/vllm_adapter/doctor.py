@@ -16,11 +16,12 @@ _PLUGINS = "if VLLM_PLUGINS is set, name mla_backend in it"
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """A server as it would start: its problem, its layers with a latent cache and the bytes of its weights on one
-    rank, where they can be told."""
+    rank, where they can be told, and the share of a GPU's memory that vLLM would take."""
 
     problem: Problem
     layers: int | None
     weight_bytes: int | None
+    memory_share: float
 
 
 def check_registration(result: Examination, device: Device) -> None:
@@ -99,6 +100,7 @@ def server(result: Examination, model: str, options: list[str]) -> Server | None
         problem=problem,
         layers=_layers(hf_config),
         weight_bytes=_weight_bytes(model, config.parallel_config.tensor_parallel_size),
+        memory_share=cache.gpu_memory_utilization,
     )
 
 
