@@ -1,6 +1,6 @@
 """Who may import, ask and know what. Each rule is one small scan of the source.
 
-examples, integration_tests, mla_backend/{cli, bench, doctor}
+examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
   -> mla_backend: attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/

@@ -11,6 +11,7 @@ def application():
 
     from mla_backend.bench.commands import bench
     from mla_backend.doctor.commands import doctor
+    from mla_backend.plan.commands import plan
 
     app = typer.Typer(
         help="Multi-Head Latent Attention for vLLM: what this package can show of itself.",
@@ -20,6 +21,7 @@ def application():
     )
     app.add_typer(bench, name="bench")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
+    app.command()(plan)
     return app
 
 
