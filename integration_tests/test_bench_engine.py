@@ -1,5 +1,9 @@
 """`bench engine` with a real engine: on a CPU its times mean nothing, but everything else does."""
 
+import os
+import time
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -11,7 +15,7 @@ from mla_backend.bench.results import write_csv
 
 TINY = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 2, "n_routed_experts": 8, "vocab_size": 2000, "num_hidden_layers": 1}
-EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY, workloads=((2, 64), (1, 128)), cache_bytes=1 << 27)
+EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY, workloads=((2, 64), (1, 128)))
 FACTS = {"date": "2026-01-02", "gpu": "a CPU", "torch": "2", "triton": "3"}
 
 
@@ -45,6 +49,49 @@ def test_steps_of_a_real_engine(tmp_path, capfd):
 def test_engine_that_does_not_start(capfd):
     with pytest.raises(BenchmarkError, match=r"CUSTOM:no_such_kernel: .*unknown decode kernel 'no_such_kernel'"):
         engine.run([engine.Engine.parse("CUSTOM:no_such_kernel")], EXPERIMENT)
+
+
+def dies(connection, folder, engine, experiment):
+    """A worker that the system ends, at once or when it is asked."""
+    if engine.backend == "LATER":
+        connection.send("0")
+        connection.recv()
+    os._exit(3)
+
+
+def sleeps(connection, folder, engine, experiment):
+    if engine.backend == "SLOW":
+        time.sleep(60)
+    os._exit(3)
+
+
+@pytest.mark.parametrize("when", ["AT_ONCE", "LATER"])
+def test_a_process_that_dies_is_reported(when):
+    with pytest.raises(BenchmarkError, match=f"{when}: its process ended with status 3"):
+        engine.run([engine.Engine.parse(when)], EXPERIMENT, target=dies)
+
+
+def test_a_process_that_dies_is_not_waited_for_behind_a_slow_one():
+    begin = time.monotonic()
+    with pytest.raises(BenchmarkError, match="BROKEN: its process ended"):
+        engine.run([engine.Engine.parse("SLOW"), engine.Engine.parse("BROKEN")], EXPERIMENT, target=sleeps)
+    assert time.monotonic() - begin < 45
+
+
+def test_the_cache_holds_the_largest_workload():
+    layers = engine.MODEL | {"num_hidden_layers": 27}
+    assert engine.Experiment(model=layers).cache_bytes > 64 * (8192 + engine.STEPS) * 1152 * 27
+
+
+def test_requests_that_did_not_run_together_are_no_measurement():
+    """As when the cache is too small for all of them."""
+    unfinished = iter([True] * engine.STEPS + [False])
+    small = SimpleNamespace(
+        add_request=lambda *_: None, has_unfinished_requests=lambda: next(unfinished), step=lambda: ["one"]
+    )
+    llm = SimpleNamespace(llm_engine=small, generate=lambda *_, **__: None)
+    with pytest.raises(BenchmarkError, match="2 requests were to run together"):
+        engine.step_ms(llm, 2, 64)
 
 
 def test_table():

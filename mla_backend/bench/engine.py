@@ -5,16 +5,23 @@ GPU at another temperature than the next. The model has the shape of DeepSeek-V2
 weights: good for speed, never for correctness. Prompts are in the prefix cache when steps are timed.
 """
 
+import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import pathlib
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
 
 from mla_backend.bench.machine import BenchmarkError, machine, need_gpu
 from mla_backend.config import set_environment, variable
+from mla_backend.models import geometry_of
+from mla_kernels import CacheLayout, format_of
 
 MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of layers
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -57,12 +64,21 @@ class Experiment:
     """What every engine does.
 
     model: what its config.json says.  workloads: (requests, prompt tokens of each).
-    cache_bytes: of each engine, fixed, so that those beside it change nothing.
     """
 
     model: dict
     workloads: tuple[tuple[int, int], ...] = ((64, 512), (64, 8192), (8, 32768), (1, 32768))
-    cache_bytes: int = 8 << 30
+
+    @property
+    def cache_bytes(self) -> int:
+        """For the largest workload and some more: fixed, so that engines beside it change nothing, and all its
+        requests run at once."""
+        page = 128  # no backend has a larger one
+        layout = CacheLayout(
+            geometry=geometry_of(SimpleNamespace(**self.model)), format=format_of(torch.bfloat16), page_size=page
+        )
+        most = max(requests * (tokens + STEPS + page) for requests, tokens in self.workloads)
+        return layout.bytes_for(most + 64 * page, num_layers=self.model["num_hidden_layers"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +112,8 @@ def start(folder: str, engine: Engine, experiment: Experiment):
         max_model_len=max(tokens) + 8192,
         max_num_seqs=max(requests),
         kv_cache_memory_bytes=experiment.cache_bytes,
+        # Says nothing beside those bytes, but vLLM refuses to start where less than this share of memory is free.
+        gpu_memory_utilization=0.02,
         enable_prefix_caching=True,
         compilation_config={
             "mode": 0,
@@ -107,8 +125,10 @@ def start(folder: str, engine: Engine, experiment: Experiment):
 
 
 def step_ms(llm, requests: int, tokens: int) -> float:
-    """Milliseconds of a decode step: median of the later ones of STEPS, timed one by one."""
-    import torch
+    """Milliseconds of a decode step: median of the later ones of STEPS, timed one by one.
+
+    Raises BenchmarkError if not all requests ran together.
+    """
     from vllm import SamplingParams
 
     generator = torch.Generator().manual_seed(tokens)
@@ -120,12 +140,15 @@ def step_ms(llm, requests: int, tokens: int) -> float:
     engine = llm.llm_engine
     for number, prompt in enumerate(prompts):
         engine.add_request(f"{requests} x {tokens}, {number}", prompt, SamplingParams(max_tokens=STEPS, **options))
-    times = []
+    times, answers = [], []
     while engine.has_unfinished_requests():
         begin = time.perf_counter()
-        engine.step()
+        answers.append(len(engine.step()))
         times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times[-STEPS * 3 // 4 : -1])
+    later = slice(-STEPS * 3 // 4, -1)
+    if statistics.median(answers[later]) != requests:
+        raise BenchmarkError(f"{requests} requests were to run together, but {answers[later]} answered in a step")
+    return 1e3 * statistics.median(times[later])
 
 
 def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
@@ -141,48 +164,71 @@ def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> No
         connection.send(BenchmarkError(f"{engine}: {type(error).__name__}: {error!s:.600}"))
 
 
-def _answer(process, connection, engine: Engine):
-    """What a process sends. Raises BenchmarkError, also if it dies."""
-    while not connection.poll(1):
-        if not process.is_alive() and not connection.poll():
-            raise BenchmarkError(f"{engine}: its process ended with status {process.exitcode}; its log is above")
-    answer = connection.recv()
-    if isinstance(answer, BenchmarkError):
-        raise answer
-    return answer
+class Worker:
+    """A process that serves one engine."""
+
+    def __init__(self, context, folder: str, engine: Engine, experiment: Experiment, target=serve):
+        self.engine = engine
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, folder, engine, experiment), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def answer(self):
+        """What it sends. Raises BenchmarkError: the one that it sends, or that it is gone."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join(10)
+            status = self.process.exitcode
+            raise BenchmarkError(f"{self.engine}: its process ended with status {status}; its log is above") from None
+        if isinstance(answer, BenchmarkError):
+            raise answer
+        return answer
+
+    def ask(self, requests: int, tokens: int) -> float:
+        """Milliseconds of a step."""
+        with contextlib.suppress(ConnectionError):  # its end is what the answer will be
+            self.connection.send((requests, tokens))
+        return self.answer()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
 
 
-def _start_all(folder: str, engines: list[Engine], experiment: Experiment):
-    """(process, connection, engine) of each, all on their way at once."""
-    context = multiprocessing.get_context("spawn")
-    for engine in engines:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, folder, engine, experiment), daemon=True)
-        process.start()
-        yield process, ours, engine
+def _versions(workers: list[Worker]) -> dict[Worker, str]:
+    """vLLM's version from each as it is ready; the first that fails ends the wait."""
+    waiting, versions = {worker.connection: worker for worker in workers}, {}
+    while waiting:
+        for connection in multiprocessing.connection.wait(list(waiting)):
+            worker = waiting.pop(connection)
+            versions[worker] = worker.answer()
+    return versions
 
 
-def run(engines: list[Engine], experiment: Experiment) -> list[dict]:
+def run(engines: list[Engine], experiment: Experiment, *, target=serve) -> list[dict]:
     """Rows of COLUMNS: every engine of a workload before the next workload.
 
-    Raises BenchmarkError without a GPU and when an engine does not start.
+    target: what a worker's process does.
+    Raises BenchmarkError without a GPU and when an engine does not start or ends.
     """
     need_gpu()
-    facts = machine()
-    with tempfile.TemporaryDirectory() as folder:
+    facts, layers, rows = machine(), experiment.model["num_hidden_layers"], []
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         pathlib.Path(folder, "config.json").write_text(json.dumps(experiment.model))
-        workers = list(_start_all(folder, engines, experiment))
-        try:
-            versions = [_answer(*worker) for worker in workers]
-            rows = []
-            for requests, tokens in experiment.workloads:
-                for (process, connection, engine), version in zip(workers, versions, strict=True):
-                    connection.send((requests, tokens))
-                    ms = round(_answer(process, connection, engine), 3)
-                    row = {"vllm": version, "backend": str(engine), "layers": experiment.model["num_hidden_layers"]}
-                    rows.append(facts | row | {"requests": requests, "tokens": tokens, "step_ms": ms})
-                    print(f"{requests} x {tokens} tokens, {engine}: {ms} ms a step", flush=True)
-            return rows
-        finally:
-            for process, _, _ in workers:
-                process.terminate()
+        workers = []
+        for engine in engines:
+            workers.append(Worker(context, folder, engine, experiment, target))
+            stack.callback(workers[-1].stop)
+        versions = _versions(workers)
+        for requests, tokens in experiment.workloads:
+            for worker in workers:
+                ms = round(worker.ask(requests, tokens), 3)
+                row = {"vllm": versions[worker], "backend": str(worker.engine), "layers": layers}
+                rows.append(facts | row | {"requests": requests, "tokens": tokens, "step_ms": ms})
+                print(f"{requests} x {tokens} tokens, {worker.engine}: {ms} ms a step", flush=True)
+    return rows
