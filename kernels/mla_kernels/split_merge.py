@@ -46,7 +46,7 @@ def _merge_kernel(
         if RAGGED:
             first_token = tl.load(query_start_ptr + request)
             tokens = tl.load(query_start_ptr + request + 1) - first_token
-        real_R = row_R < tokens * N
+        real_R = row_R < tl.minimum(tokens, query_len) * N  # tokens that were not announced have no scratch
 
         top_R = tl.full((BLOCK_R,), -float("inf"), tl.float32)
         total_R = tl.zeros((BLOCK_R,), tl.float32)

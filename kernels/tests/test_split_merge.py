@@ -1,5 +1,6 @@
 """Merging the partial answers of requests that were cut: `merge_parts` against the float64 reference."""
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -65,8 +66,9 @@ def merged(values, lse):
         ([1, 2, 1, 3, 2, 1], [2] * 6, ()),
         ([3, 2], [3, 3], (0,)),
         ([2, 1, 1, 300, 2], [1, 4, 0, 3, 2], ()),
+        ([70], [40], ()),
     ],
-    ids=["nothing-cut", "2-pieces", "130-pieces", "several", "sees-nothing", "ragged"],
+    ids=["nothing-cut", "2-pieces", "130-pieces", "several", "sees-nothing", "ragged", "many-rows-of-many-pieces"],
 )
 def test_cut_requests_are_merged(pieces, tokens, dead, latent, num_sms, dtype):
     from mla_kernels.split_merge import merge_parts, plan_size
@@ -93,3 +95,32 @@ def test_cut_requests_are_merged(pieces, tokens, dead, latent, num_sms, dtype):
         expected, expected_lse = merged(*held[request])
         assert_matches("lse", got_lse, expected_lse, LSE_TOLERANCE)
         assert_matches("out", got, expected, TOLERANCE[dtype])
+
+
+def test_every_tile_is_tested():
+    """Of the forms that `_tile` has, each by one of the cases above (requests, parts, rows)."""
+    from mla_kernels.split_merge import _tile
+
+    cases = {"130-pieces": (1, 133, 2), "2-pieces": (1, 5, 2), "many-rows-of-many-pieces": (1, 73, 80)}
+    assert {_tile(*case) for case in cases.values()} == {(128, 1, 64), (8, 2, 512), (32, 1, 256)}
+    chosen = {_tile(b, p, r) for b in (1, 3, 16, 200) for p in (1, 7, 66, 132) for r in (1, 16, 128, 8448)}
+    assert chosen <= {(128, 1, 64), (8, 2, 512), (32, 1, 256)}
+
+
+def test_tokens_that_were_not_announced_are_not_merged(monkeypatch):
+    """A ragged request with more query tokens than `query_len`: its scratch holds those of others behind its own. Three
+    heads, so that a tile of two rows reaches behind the last."""
+    from mla_kernels.split_merge import merge_parts
+
+    monkeypatch.setattr(sys.modules[__name__], "HEADS", 3)
+    (values, lse, plan, parts), _ = cut([2, 2], [1, 1], 64)
+    starts = torch.tensor([0, 3, 4], dtype=torch.int32, device=WHERE)
+    out = torch.full((4, HEADS, 64), torch.nan, device=WHERE)
+    out_lse = torch.full((4, HEADS), torch.nan, device=WHERE)
+    merge_parts(
+        out, out_lse, *(x.flatten().to(WHERE) for x in (values, lse, plan)), starts,
+        query_len=1, rows=HEADS, requests=2, parts=parts, num_sms=1, overlap=False,
+    )  # fmt: skip
+    assert not out[0].isnan().any()
+    assert out[1:3].isnan().all()
+    assert not out[3].isnan().any()
