@@ -72,6 +72,16 @@ def test_options_of_vllm(checkpoints):
     assert "unrecognized arguments: --no-such-option" in faults(output)[0]
 
 
+def test_options_that_choose_others(checkpoints):
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(checkpoints(), "--json", "--no-self-test", "--attention-backend", "CPU_MLA")
+    assert status == 1
+    assert "for MLA layers" in faults(output)[0]
+    status, _, errors = doctor("--dtype", "bfloat16", checkpoints())
+    assert status == 2
+    assert "name the model first" in " ".join(errors.replace("│", " ").split())
+
+
 def test_a_plugin_that_is_left_out():
     pytest.importorskip("vllm")
     status, output, _ = doctor(VLLM_PLUGINS="another")
@@ -107,6 +117,10 @@ def test_the_pool_of_a_gpu():
     result = Examination()
     examine._memory(result, served, gpu)
     assert result.facts["pool"].startswith(f"at most {(60 << 30) // (16 * 320 * 10) * 16:,} tokens: 0.8 of 100.0 GiB")
+    assert result.could_serve
+    served.weight_bytes = 90 << 30
+    examine._memory(result, served, gpu)
+    assert not result.could_serve
     assert result.facts["cache"].startswith("bf16, 320 bytes a token and layer, 3,200 in 10 layers: ")
 
 

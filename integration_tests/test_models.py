@@ -46,6 +46,21 @@ def test_sparse_models_lack_something(fields):
     assert "sparse MLA attention" in family_of(text_config(V3 | fields)).missing
 
 
+def test_a_known_model_with_an_indexer_is_sparse():
+    assert "sparse" in family_of(text_config(V3 | {"model_type": "deepseek_v3", "index_topk": 2048})).missing
+
+
+def test_longcat_as_published():
+    """Its config.json has num_layers and no model_type."""
+    assert mla_layers(text_config(V3 | {"num_hidden_layers": None, "num_layers": 28})) == 56
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": -3}, {"linear_attn_config": {"kda_layers": [1]}}])
+def test_layers_that_make_no_sense(fields):
+    with pytest.raises(ValueError, match="its config"):
+        mla_layers(text_config(V3 | fields))
+
+
 def test_an_unknown_dense_model_is_named_by_its_type():
     family = family_of(text_config(V3 | {"model_type": "new_one"}))
     assert (family.name, family.missing, family.expanded) == ("new_one", "", False)
@@ -56,7 +71,7 @@ def test_no_mla():
     assert not is_mla(config)
     with pytest.raises(ValueError, match=r"not an MLA model \(model_type llama\): its config has no kv_lora_rank, "):
         geometry_of(config)
-    with pytest.raises(ValueError, match="no num_hidden_layers"):
+    with pytest.raises(ValueError, match="must have num_hidden_layers of 1 or more, got None"):
         mla_layers(config)
 
 

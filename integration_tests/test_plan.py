@@ -85,6 +85,9 @@ def test_what_is_no_mla_model(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"must be a model's config\.json: Expecting"):
         load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"must be a model's config\.json, got a JSON list"):
+        load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "new", "num_attention_heads": 4}')
     with pytest.raises(ValueError, match=r"not an MLA model \(model_type new\)"):
         load(tmp_path)

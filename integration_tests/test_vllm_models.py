@@ -80,6 +80,13 @@ def test_convertors_are_chained_and_only_once(monkeypatch):
     assert converted("with_one", **latent).get_vocab_size() == 7
 
 
+def test_expanded_types_are_never_listed(monkeypatch):
+    """vLLM's own code for them has no MLA layers: listing them would break it for everybody."""
+    monkeypatch.setattr(arch, "MODEL_ARCH_CONFIG_CONVERTORS", {})
+    model_types.teach(["minicpm3"])
+    assert not converted("minicpm3", kv_lora_rank=256, head_dim=32).is_deepseek_mla()
+
+
 def test_unlisted_types_are_taught_at_registration():
     from mla_backend.vllm_adapter import register
 

@@ -1,7 +1,7 @@
 """From a Hugging Face config to an MLA geometry. The only place that knows model names."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from mla_kernels import MLAGeometry
@@ -26,13 +26,14 @@ class Family:
 
 
 _SPARSE = "sparse MLA attention, which reads a few tokens that an indexer chose"
+_LONGCAT = "longcat_flash"
 _FAMILIES = {
     "deepseek_v2": Family(name="DeepSeek-V2"),
     "deepseek_v3": Family(name="DeepSeek-V3 (R1, Kimi-K2, Moonlight, Mistral Large 3)"),
     "kimi_k2": Family(name="Kimi-K2"),
     "kimi_linear": Family(name="Kimi-Linear"),
     "glm4_moe_lite": Family(name="GLM-4.7-Flash"),
-    "longcat_flash": Family(name="LongCat-Flash"),
+    _LONGCAT: Family(name="LongCat-Flash"),
     "pangu_ultra_moe": Family(name="openPangu-Ultra"),
     "bailing_hybrid": Family(name="Bailing / Ling 2.5"),
     "axk1": Family(name="AXK1"),
@@ -64,10 +65,10 @@ def family_of(hf_config) -> Family:
     """The family of a text config. One that is not known is named by its model_type, and is sparse if it has an
     indexer."""
     model_type = getattr(hf_config, "model_type", None)
-    if model_type in _FAMILIES:
-        return _FAMILIES[model_type]
-    sparse = bool(getattr(hf_config, "index_topk", None))
-    return Family(name=model_type or "this model", missing=_SPARSE if sparse else "")
+    family = _FAMILIES.get(model_type) or Family(name=model_type or "this model")
+    if getattr(hf_config, "index_topk", None) and not family.missing:
+        return replace(family, missing=_SPARSE)
+    return family
 
 
 def is_mla(hf_config) -> bool:
@@ -79,13 +80,15 @@ def mla_layers(hf_config) -> int:
     """How many layers cache a latent row for every token. Raises ValueError where the config does not say."""
     linear = getattr(hf_config, "linear_attn_config", None)  # Kimi-Linear: the others have a state of fixed size
     if linear:
+        if not isinstance(linear, Mapping) or not linear.get("full_attn_layers"):
+            raise ValueError("its config's linear_attn_config names no full_attn_layers")
         return len(linear["full_attn_layers"])
-    if getattr(hf_config, "model_type", "") == "longcat_flash":
-        return 2 * hf_config.num_layers  # two attentions a layer
     layers = getattr(hf_config, "num_hidden_layers", None)
-    if not layers:
-        raise ValueError("its config has no num_hidden_layers")
-    return layers // (getattr(hf_config, "layer_group_size", None) or 1)  # Bailing 2.5: the last of each group
+    if getattr(hf_config, "num_layers", None) and (not layers or getattr(hf_config, "model_type", "") == _LONGCAT):
+        return 2 * hf_config.num_layers  # LongCat: two attentions a layer
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"its config must have num_hidden_layers of 1 or more, got {layers}")
+    return max(1, layers // (getattr(hf_config, "layer_group_size", None) or 1))  # Bailing 2.5: the last of each group
 
 
 def geometry_of(hf_config, *, tensor_parallel_size: int = 1) -> MLAGeometry:

@@ -56,8 +56,11 @@ def doctor(
 ) -> None:
     """What this machine would use for a model, why, and what to change. Exit status 0 only if it could serve it.
 
-    Other options are those of `vllm serve`, such as --tensor-parallel-size 2.
+    Other options, behind the model, are those of vLLM's engine, such as --tensor-parallel-size 2; not those of its HTTP
+    server, such as --port.
     """
+    if model and model.startswith("-"):
+        raise typer.BadParameter(f"name the model first, and options of vLLM behind it; got {model}")
     if json and report:
         raise typer.BadParameter("choose one of --json and --report")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to where stdout was when it was imported

@@ -41,7 +41,7 @@ def _kernels(result: Examination, problem: Problem, where: str, *, self_test: bo
         try:
             chosen = select(operation, problem, device, kernel=config.kernel_for(operation))
         except (UnsupportedMLA, ValueError) as error:
-            result.fault(str(error))
+            result.fault(" ".join(str(error).split()))
             continue
         name = operation.replace("_", " ")
         wrong = failure(chosen, problem, where) if self_test else None
@@ -74,6 +74,8 @@ def _memory(result: Examination, served, device: Device) -> None:
             f"at most {tokens:,} tokens: {served.memory_share:.2g} of {device.memory_bytes / 2**30:.1f} GiB less "
             f"{served.weight_bytes / 2**30:.1f} GiB of weights; activations and CUDA graphs take some of it"
         )
+        if not tokens:
+            result.fault("the weights leave no memory for a cache", "use more GPUs (--tensor-parallel-size)")
 
 
 def examine(model: str | None, options: list[str], *, self_test: bool = True) -> Examination:
@@ -94,8 +96,7 @@ def examine(model: str | None, options: list[str], *, self_test: bool = True) ->
         return result
     from mla_backend.vllm_adapter import doctor as vllm
 
-    vllm.check_registration(result, device)
-    if model is None:
+    if not vllm.check_registration(result, device) or model is None:
         return result
     served = vllm.server(result, model, options)
     if served:

@@ -85,5 +85,5 @@ def failure(selection: Selection, problem: Problem, where: str) -> str | None:
     except AssertionError as error:
         return f"{selection.kernel.name} computes something else than the reference: {error}"
     except Exception as error:  # whatever happens to a kernel here would happen in the engine
-        return f"{selection.kernel.name} fails: {type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        return f"{selection.kernel.name} fails: {type(error).__name__}: {' '.join(str(error).split()):.200}"
     return None

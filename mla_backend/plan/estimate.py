@@ -1,5 +1,6 @@
 """How much of a model's cache fits, and how long reading it takes: arithmetic only."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ def rows(model: Model, gpus: Gpus, context: int) -> list[Row]:
 
 
 def _row(name: str, token_bytes: int, rank_bytes: float, gpus: Gpus, context: int) -> Row:
-    request = int(rank_bytes * context)
+    request = max(1, math.ceil(rank_bytes * context))
     return Row(
         name=name,
         token_bytes=token_bytes,

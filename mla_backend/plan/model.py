@@ -28,8 +28,10 @@ def load(path: pathlib.Path) -> Model:
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, no text, no JSON
         raise ValueError(f"{file} must be a model's config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must be a model's config.json, got a JSON {type(config).__name__}")
     text = text_config(_with_defaults(config))
     family = family_of(text)
     return Model(
@@ -46,7 +48,6 @@ def _with_defaults(config: dict) -> dict:
     try:
         from transformers import CONFIG_MAPPING
 
-        known = CONFIG_MAPPING[config["model_type"]]
-    except (ImportError, KeyError):
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict() | config
+    except Exception:  # not installed, not known, or not taken: then the file has to say it all
         return config
-    return known.from_dict(config).to_dict() | config

@@ -37,7 +37,10 @@ def register() -> None:
                 "mla_backend takes %s from %s. Set MLA_BACKEND_DISABLE=1 to leave it there.", slot, slot.get_path()
             )
         add(slot, path)
-    teach((*UNLISTED, *config.model_types))
+    try:
+        teach((*UNLISTED, *config.model_types))
+    except Exception:  # whatever vLLM has changed there, CUSTOM is registered
+        logger.exception("mla_backend could not add to vLLM's list of MLA model types; all else works")
     logger.debug("mla_backend %s registered as CUSTOM", version("mla-backend"))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mla_backend.findings import Examination
 from mla_backend.models import family_of, mla_layers
-from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, PREFILL_BACKEND, compat
+from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, NAME, PREFILL_BACKEND, compat
 from mla_kernels import Device, Problem
 
 _PLUGINS = "if VLLM_PLUGINS is set, name mla_backend in it"
@@ -24,8 +24,8 @@ class Server:
     memory_share: float
 
 
-def check_registration(result: Examination, device: Device) -> None:
-    """Load vLLM's plugins as vLLM does, and see whether its slots are ours."""
+def check_registration(result: Examination, device: Device) -> bool:
+    """Load vLLM's plugins as vLLM does, and see whether its slots are ours. False if vLLM cannot be imported."""
     try:
         from vllm.plugins import load_general_plugins
         from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
@@ -34,7 +34,7 @@ def check_registration(result: Examination, device: Device) -> None:
         load_general_plugins()
     except Exception as error:  # whatever a broken installation raises
         result.fault(f"vLLM cannot be imported: {type(error).__name__}: {error!s:.300}", "reinstall vLLM")
-        return
+        return False
     for message in compat.warnings():
         result.warn(message)
     for slot, path in ((AttentionBackendEnum.CUSTOM, BACKEND), (MLAPrefillBackendEnum.CUSTOM, PREFILL_BACKEND)):
@@ -45,6 +45,7 @@ def check_registration(result: Examination, device: Device) -> None:
             result.fault(f"{slot} belongs to {holder}", _PLUGINS)
     if device.kind == "cpu":
         _check_cpu_platform(result)
+    return True
 
 
 def _check_cpu_platform(result: Examination) -> None:
@@ -69,9 +70,24 @@ def _config(model: str, options: list[str]):
         try:
             parsed = parser.parse_args(words)
         except SystemExit:
-            *_, last = said.getvalue().strip().splitlines()
+            last = (said.getvalue().strip().splitlines() or ["its parser gives no reason"])[-1]
             raise ValueError(last.partition("error: ")[2] or last) from None
     return EngineArgs.from_cli_args(parsed).create_engine_config()
+
+
+def _check_choice(result: Examination, attention) -> None:
+    """Options may name another backend than ours, or another prefill."""
+    from vllm import envs
+
+    per_kind = {getattr(kind, "value", kind): backend for kind, backend in (attention.backend_per_kind or {}).items()}
+    backend = per_kind.get("mla_attention", attention.backend)
+    if getattr(backend, "name", backend) != NAME:
+        result.fault(f"these options choose {backend} for MLA layers", "leave them out")
+    prefill = attention.mla_prefill_backend
+    if prefill is not None and getattr(prefill, "name", prefill) != NAME:
+        result.warn(f"prefill is done by {prefill}, as these options say; below, ours is tested")
+    if envs.VLLM_BATCH_INVARIANT:
+        result.fault("VLLM_BATCH_INVARIANT is set, and mla_backend is not batch-invariant yet", "unset it")
 
 
 def server(result: Examination, model: str, options: list[str]) -> Server | None:
@@ -84,6 +100,7 @@ def server(result: Examination, model: str, options: list[str]) -> Server | None
         reason = str(error).strip().splitlines() or ["no reason given"]
         result.fault(f"vLLM does not take {model}: {type(error).__name__}: {' '.join(reason)[:400]}")
         return None
+    _check_choice(result, config.attention_config)
     model_config, cache = config.model_config, config.cache_config
     hf_config = model_config.hf_text_config
     result.facts["model"] = f"{family_of(hf_config).name} (model_type {getattr(hf_config, 'model_type', 'none')})"

@@ -47,7 +47,9 @@ def teach(model_types) -> None:
     import vllm.config  # noqa: F401, which imports the next one; the other way round is a circle
     from vllm.transformers_utils import model_arch_config_convertor as arch
 
-    for ours, types in ((_Listed, model_types), (_Announced, EXPANDED)):
+    # Types of EXPANDED have no MLA layers in vLLM's own code, so that taking them for MLA would break them.
+    listed = [model_type for model_type in model_types if model_type not in EXPANDED]
+    for ours, types in ((_Listed, listed), (_Announced, EXPANDED)):
         for model_type in types:
             theirs = arch.MODEL_ARCH_CONFIG_CONVERTORS.get(model_type, arch.ModelArchConfigConvertorBase)
             if not issubclass(theirs, ours):
@@ -62,8 +64,10 @@ def not_served_as_mla(model_config) -> str | None:
     hf_config = model_config.hf_text_config
     if not is_mla(hf_config):
         return None
-    model_type = getattr(hf_config, "model_type", "unknown")
-    if envs.VLLM_MLA_DISABLE:
+    model_type = getattr(model_config.hf_config, "model_type", "unknown")  # vLLM's list has that of the whole model
+    if not getattr(hf_config, "is_causal", True):
+        change = "vLLM has MLA for causal attention only: leave out CUSTOM"
+    elif envs.VLLM_MLA_DISABLE:
         change = "unset VLLM_MLA_DISABLE"
     elif model_type in EXPANDED:
         change = "add --model-impl transformers (vLLM 0.28 or newer)"
