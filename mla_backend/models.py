@@ -1,5 +1,6 @@
 """From a Hugging Face config to an MLA geometry. The only place that knows model names."""
 
+import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -89,6 +90,11 @@ def mla_layers(hf_config) -> int:
     if not isinstance(layers, int) or layers < 1:
         raise ValueError(f"its config must have num_hidden_layers of 1 or more, got {layers}")
     return max(1, layers // (getattr(hf_config, "layer_group_size", None) or 1))  # Bailing 2.5: the last of each group
+
+
+def weight_bytes(folder: pathlib.Path) -> int:
+    """Bytes of the weights in a checkpoint's folder; 0 where none are."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def geometry_of(hf_config, *, tensor_parallel_size: int = 1) -> MLAGeometry:

@@ -146,20 +146,20 @@ def step_ms(llm, requests: int, tokens: int) -> float:
         answers.append(len(engine.step()))
         times.append(time.perf_counter() - begin)
     later = slice(-STEPS * 3 // 4, -1)
-    if statistics.median(answers[later]) != requests:
-        raise BenchmarkError(f"{requests} requests were to run together, but {answers[later]} answered in a step")
+    if (together := statistics.median(answers[later])) != requests:
+        raise BenchmarkError(f"{requests} requests were to run together, but {together:g} answered in a step")
     return 1e3 * statistics.median(times[later])
 
 
 def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
-    """A process's life: build the engine, then answer (requests, tokens) with milliseconds until None comes."""
+    """A process's life: build the engine, then answer (requests, tokens) with milliseconds until it is ended."""
     try:
         llm, version = start(folder, engine, experiment)
         for requests, tokens in experiment.workloads:
             step_ms(llm, requests, tokens)  # whatever compiles at first use
         connection.send(version)
-        while workload := connection.recv():
-            connection.send(step_ms(llm, *workload))
+        while True:
+            connection.send(step_ms(llm, *connection.recv()))
     except Exception as error:
         connection.send(BenchmarkError(f"{engine}: {type(error).__name__}: {error!s:.600}"))
 

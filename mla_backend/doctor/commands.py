@@ -54,7 +54,8 @@ def doctor(
     report: Annotated[bool, typer.Option("--report", help="Markdown, to paste into an issue.")] = False,
     self_test: Annotated[bool, typer.Option(help="Run the chosen kernels and compare them with the reference.")] = True,
 ) -> None:
-    """What this machine would use for a model, why, and what to change. Exit status 0 only if it could serve it.
+    """What this machine would use for a model, why, and what to change. Exit status 0 if nothing that it finds
+    speaks against serving it; weights and tokenizer are not looked at.
 
     Other options, behind the model, are those of vLLM's engine, such as --tensor-parallel-size 2; not those of its HTTP
     server, such as --port.

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.doctor.selftest import failure
 from mla_backend.findings import Examination
-from mla_kernels import Device, Problem, UnsupportedMLA, device_of, select, tensor_bytes
+from mla_kernels import Device, Problem, UnsupportedMLA, device_of, select
 from mla_kernels.device import default_place
 
 PACKAGES = ("mla-backend", "torch", "triton", "vllm", "sglang", "transformers", "flashinfer-python")
@@ -54,9 +54,9 @@ def _kernels(result: Examination, problem: Problem, where: str, *, self_test: bo
 def _cache(problem: Problem, layers: int) -> str:
     """What a token costs in `layers` layers, and how many tokens a GiB holds."""
     layout = problem.layout
-    row, token = layout.row_bytes, tensor_bytes((layers, layout.row_elements), layout.format.dtype)
+    row = layout.row_bytes
     return (
-        f"{layout.format.name}, {row} bytes a token and layer, {token:,} in {layers} layers: "
+        f"{layout.format.name}, {row} bytes a token and layer, {row * layers:,} in {layers} layers: "
         f"{layout.tokens_in(1 << 30, num_layers=layers):,} tokens a GiB"
     )
 

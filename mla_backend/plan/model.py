@@ -4,7 +4,7 @@ import json
 import pathlib
 from dataclasses import dataclass
 
-from mla_backend.models import family_of, geometry_of, mla_layers, text_config
+from mla_backend.models import family_of, geometry_of, mla_layers, text_config, weight_bytes
 from mla_kernels import MLAGeometry
 
 
@@ -38,7 +38,7 @@ def load(path: pathlib.Path) -> Model:
         name=family.name,
         geometry=geometry_of(text),
         layers=mla_layers(text),
-        weight_bytes=sum(weights.stat().st_size for weights in file.parent.glob("*.safetensors")),
+        weight_bytes=weight_bytes(file.parent),
         missing=family.missing,
     )
 

@@ -6,7 +6,7 @@ import pathlib
 from dataclasses import dataclass
 
 from mla_backend.findings import Examination
-from mla_backend.models import family_of, mla_layers
+from mla_backend.models import family_of, mla_layers, weight_bytes
 from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, NAME, PREFILL_BACKEND, compat
 from mla_kernels import Device, Problem
 
@@ -15,12 +15,15 @@ _PLUGINS = "if VLLM_PLUGINS is set, name mla_backend in it"
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A server as it would start: its problem, its layers with a latent cache and the bytes of its weights on one
-    rank, where they can be told, and the share of a GPU's memory that vLLM would take."""
+    """A server as it would start.
+
+    layers: with a latent cache, where they can be told.  weight_bytes: of a local checkpoint, on one rank; 0 where none
+    is.  memory_share: of a GPU's memory, that vLLM would take.
+    """
 
     problem: Problem
     layers: int | None
-    weight_bytes: int | None
+    weight_bytes: int
     memory_share: float
 
 
@@ -116,7 +119,7 @@ def server(result: Examination, model: str, options: list[str]) -> Server | None
     return Server(
         problem=problem,
         layers=_layers(hf_config),
-        weight_bytes=_weight_bytes(model, config.parallel_config.tensor_parallel_size),
+        weight_bytes=weight_bytes(pathlib.Path(model)) // config.parallel_config.tensor_parallel_size,
         memory_share=cache.gpu_memory_utilization,
     )
 
@@ -126,9 +129,3 @@ def _layers(hf_config) -> int | None:
         return mla_layers(hf_config)
     except ValueError:
         return None
-
-
-def _weight_bytes(model: str, ranks: int) -> int | None:
-    """Bytes of a local checkpoint's weights, divided among ranks."""
-    files = list(pathlib.Path(model).glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files) // ranks or None

@@ -44,7 +44,8 @@ def times_larger(hf_config) -> str:
 
 def teach(model_types) -> None:
     """Let vLLM take these model types for MLA if they have a latent, and announce those that it expands."""
-    import vllm.config  # noqa: F401, which imports the next one; the other way round is a circle
+    # vllm.config and the module below import each other, and only in this order does neither find the other half made.
+    import vllm.config  # noqa: F401 - nothing is taken from it: imported for the order alone
     from vllm.transformers_utils import model_arch_config_convertor as arch
 
     # Types of EXPANDED have no MLA layers in vLLM's own code, so that taking them for MLA would break them.

@@ -171,11 +171,10 @@ def _in_16_bytes(q: torch.Tensor) -> torch.Tensor:
     return q if fits or q.numel() == 0 else q.clone(memory_format=torch.contiguous_format)
 
 
-def _describe(cache_AGK: torch.Tensor):
+def _describe(cache_AGK: torch.Tensor, stride_page: int):
     """(TMA descriptor of the pool as one long list of rows, rows from a page to the next); None where no box fits."""
     pages, page_size, width = cache_AGK.shape
     stride_token = cache_AGK.stride(1)
-    stride_page = cache_AGK.stride(0) if pages > 1 else page_size * stride_token
     if (page_size % BLOCK.value and page_size not in _TMA_SMALL_PAGES) or stride_page % stride_token:
         return None, 0
     page_rows = stride_page // stride_token
@@ -217,7 +216,7 @@ def run(
     part, part_lse, plan = scratch(workspace, shapes, cache_AGK.device)
 
     q_latent, q_rope = _in_16_bytes(q_latent_TNL), _in_16_bytes(q_rope_TNR)
-    k_desc, page_rows = _describe(cache_AGK)
+    k_desc, page_rows = _describe(cache_AGK, stride_page)
     gather = k_desc is None
     page_size = cache_AGK.shape[1]
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
