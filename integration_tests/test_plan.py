@@ -79,6 +79,13 @@ def test_fields_that_transformers_knows(tmp_path):
     assert (model.name, model.geometry.latent_dim, model.geometry.v_head_dim) == ("MiniCPM3", 288, 64)
 
 
+def test_defaults_of_the_language_model_in_a_wrapper(tmp_path):
+    pytest.importorskip("transformers")
+    wrapper = {"model_type": "kimi_k25", "text_config": {"model_type": "deepseek_v3"}}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper))
+    assert load(tmp_path).geometry.latent_dim == 576
+
+
 def test_what_is_no_mla_model(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json must be a model's config\.json: .*No such file"):
         load(tmp_path)
@@ -96,6 +103,21 @@ def test_what_is_no_mla_model(tmp_path):
 def test_context_parallel_ranks_are_tensor_parallel_ranks():
     with pytest.raises(ValueError, match=r"--dcp must divide --tp .* got 3 and 4"):
         gpus(tensor_parallel=4, context_parallel=3)
+
+
+def test_heads_are_divided_evenly(v3):
+    with pytest.raises(ValueError, match="--tp must divide the model's 128 heads, got 3"):
+        rows(load(v3), gpus(tensor_parallel=3), 4096)
+    done = command(v3, "--tp", 3)
+    assert done.exit_code == 1
+    assert "--tp must divide" in done.stderr
+
+
+def test_what_the_table_cannot_show(v3):
+    assert "No weights are counted" in command(v3).stdout
+    done = command(v3, "--tp", 8, "--dcp", 8, "--weights", 640)
+    assert "No weights are counted" not in done.stdout
+    assert "refuses --decode-context-parallel-size above 1" in done.stdout
 
 
 def command(*words):

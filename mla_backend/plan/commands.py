@@ -71,9 +71,9 @@ def plan(
             weight_bytes=model.weight_bytes if weights is None else int(weights * GIB),
             bytes_per_s=bandwidth * 1e12,
         )
+        found = rows(model, gpus, context)
     except ValueError as error:
         raise fail(error) from None
-    found = rows(model, gpus, context)
     if plot:
         from mla_backend.plan.plot import plot as draw
 
@@ -86,5 +86,9 @@ def plan(
 
     console = Console(width=120, highlight=False)
     console.print(table(model, gpus, found, context))
+    if not gpus.weight_bytes:
+        console.print("No weights are counted: none lie beside config.json. --weights GIB says how many there are.")
+    if gpus.context_parallel > 1:
+        console.print("mla_backend refuses --decode-context-parallel-size above 1 for now.")
     if model.missing:
         console.print(f"mla_backend does not serve it yet: it needs {model.missing}.")

@@ -61,7 +61,10 @@ def rows(model: Model, gpus: Gpus, context: int) -> list[Row]:
     """The latent in every format, then expanded heads in bf16: MHA, GQA with 8 groups, MQA.
 
     Tensor parallelism leaves the latent as it is on every rank; heads it divides, but no rank has less than one.
+    Raises ValueError if it does not divide the model's heads.
     """
+    if model.geometry.num_heads % gpus.tensor_parallel:
+        raise ValueError(f"--tp must divide the model's {model.geometry.num_heads} heads, got {gpus.tensor_parallel}")
     made = []
     for form in FORMATS.values():
         latent = CacheLayout(geometry=model.geometry, format=form, page_size=1).row_bytes * model.layers

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from mla_backend.models import family_of, geometry_of, mla_layers, text_config, weight_bytes
 from mla_kernels import MLAGeometry
@@ -32,7 +33,7 @@ def load(path: pathlib.Path) -> Model:
         raise ValueError(f"{file} must be a model's config.json: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} must be a model's config.json, got a JSON {type(config).__name__}")
-    text = text_config(_with_defaults(config))
+    text = SimpleNamespace(**_with_defaults(vars(text_config(config))))
     family = family_of(text)
     return Model(
         name=family.name,
