@@ -232,20 +232,30 @@ def test_more_requests_than_the_cache_holds(server, folder, oracle):
 
 
 def test_client_that_goes_away(server, folder, oracle):
-    """A stream closed by the client ends the request; the next ones find their pages free and unspoilt."""
+    """A stream closed by the client ends the request; the next ones find their pages free and unspoilt.
+
+    On a loaded machine the engine may have written a whole answer before a client reads its first words. Then nothing
+    was abandoned, and the client goes away once more.
+    """
     wait_until(server.is_idle, "requests of other tests have ended", seconds=ANSWER_SECONDS)
     (prompt,) = prompts((65,), seed=2)
-    before, wanted = server.metric("vllm:generation_tokens_total"), MAX_MODEL_LEN - len(prompt)
+    wanted = MAX_MODEL_LEN - len(prompt)
+    assert any(_abandon(server, prompt, wanted) < wanted for _ in range(5)), "no answer was cut short"
+    batch = [prompt, *prompts((150, 450), seed=3)]
+    assert_same_answers(server.complete_all(batch), oracle(folder, batch))
+
+
+def _abandon(server, prompt: list[int], max_tokens: int) -> float:
+    """Ask for an answer, close the stream after three parts of it; how many tokens the engine had written by then."""
+    before = server.metric("vllm:generation_tokens_total")
     stream = server.client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=wanted, stream=True, extra_body={"ignore_eos": True}
+        model=MODEL, prompt=prompt, max_tokens=max_tokens, stream=True, extra_body={"ignore_eos": True}
     )
     for _ in zip(range(3), stream, strict=False):
         pass
     stream.close()
     wait_until(server.is_idle, "the abandoned request has ended", seconds=ANSWER_SECONDS)
-    assert server.metric("vllm:generation_tokens_total") - before < wanted, "it was to be cut short"
-    batch = [prompt, *prompts((150, 450), seed=3)]
-    assert_same_answers(server.complete_all(batch), oracle(folder, batch))
+    return server.metric("vllm:generation_tokens_total") - before
 
 
 def test_prompt_that_is_too_long(server, folder, oracle):
