@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 RECIPE = "tiny_checkpoint.json"  # written into the folder: which call made it
-RECIPE_VERSION = 1  # raise when the same arguments give other weights
+RECIPE_VERSION = 2  # raise when the same arguments give another checkpoint
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -153,6 +153,7 @@ def _config(recipe: dict):
     experts = {
         "moe_intermediate_size": recipe["hidden"] // 2,
         "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
         "n_shared_experts": 1,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ def prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
     return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def changed(folder, tmp_path, **config):
     """A copy of a checkpoint with other fields in config.json."""
     copy = tmp_path / "changed"
@@ -43,7 +50,7 @@ def kernels_env(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What one engine did: `rounds` of answers, `calls` of our kernels, vLLM's `metrics`, and its `log`."""
+    """What one engine did: `rounds` of answers, `calls` of our kernels, the engine's `metrics`, and its `log`."""
 
     rounds: list
     calls: dict[str, int]
@@ -60,15 +67,29 @@ class FailedRun:
 def run_engine(
     folder: pathlib.Path, model, rounds, *, kernels="torch", env=None, fails=False, max_tokens=MAX_TOKENS, **llm
 ):
-    """Run engine_runner.py with `folder` as its working directory. Returns an EngineRun, or a FailedRun if `fails`.
+    """Run vLLM (engine_runner.py) with `folder` as its working directory. Returns an EngineRun, or a FailedRun if
+    `fails`.
 
     rounds: batches of prompts (token ids), one after another.   llm: keyword arguments of vllm.LLM.
     """
-    spec, result = folder / "spec.json", folder / "result.json"
-    spec.write_text(json.dumps({"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}))
+    spec = {"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}
+    return _run("engine_runner.py", folder, spec, env={**kernels_env(kernels), **(env or {})}, fails=fails)
+
+
+def run_sglang(
+    folder: pathlib.Path, model, rounds, *, kernels="torch", env=None, fails=False, max_tokens=MAX_TOKENS, **engine
+):
+    """As `run_engine`, with SGLang (sglang_runner.py).   engine: keyword arguments of sglang.Engine."""
+    spec = {"engine": {"model_path": str(model), **engine}, "rounds": rounds, "max_tokens": max_tokens}
+    return _run("sglang_runner.py", folder, spec, env={**kernels_env(kernels), **(env or {})}, fails=fails)
+
+
+def _run(script: str, folder: pathlib.Path, spec: dict, *, env: dict[str, str], fails: bool):
+    spec_file, result = folder / "spec.json", folder / "result.json"
+    spec_file.write_text(json.dumps(spec))
     done = subprocess.run(
-        [sys.executable, str(HERE / "engine_runner.py"), str(spec), str(result)],
-        env={**os.environ, **kernels_env(kernels), **(env or {})},
+        [sys.executable, str(HERE / script), str(spec_file), str(result)],
+        env={**os.environ, **env},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -76,7 +97,7 @@ def run_engine(
     )
     log = done.stdout + done.stderr
     if fails:
-        assert done.returncode != 0, f"vLLM was expected to refuse, but ran:\n{log[-4000:]}"
+        assert done.returncode != 0, f"the engine was expected to refuse, but ran:\n{log[-4000:]}"
         return FailedRun(done.returncode, log)
     assert done.returncode == 0, log[-6000:]
     return EngineRun(**json.loads(result.read_text()), log=log)

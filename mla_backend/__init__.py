@@ -3,6 +3,7 @@
 import logging
 
 _logger = logging.getLogger("vllm.mla_backend")  # vLLM shows only what is below the name "vllm"
+_sglang_logger = logging.getLogger("sglang.mla_backend")
 
 
 def register_vllm() -> None:
@@ -24,3 +25,14 @@ def vllm_cpu_platform() -> str | None:
     except Exception:  # whatever it is, vLLM has to start without us
         _logger.exception("mla_backend could not look at vLLM's platforms; on a CPU `CUSTOM` will be ignored")
         return None
+
+
+def register_sglang() -> None:
+    """Entry point of `sglang.srt.plugins`. SGLang would log an exception and go on without our name; so do we, and
+    say which name is missing."""
+    try:
+        from mla_backend.sglang_adapter import register
+
+        register()
+    except Exception:  # whatever it is, SGLang has to start without us
+        _sglang_logger.exception("mla_backend could not register with this SGLang; its options do not know our name")

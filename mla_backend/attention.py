@@ -80,6 +80,10 @@ class MLAAttention:
             workspace=workspace,
         )
 
+    def merge(self, out_TNV, lse_TN, part_TNV, part_lse_TN) -> None:
+        """Fold attention over other keys into `out_TNV` and `lse_TN`."""
+        self._call("merge", out_TNV, lse_TN, part_TNV, part_lse_TN)
+
     def attend(self, q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, **options):
         """Attention over expanded heads; options as in mla_kernels.reference.prefill, and `out_TNV`, `lse_TN`."""
         return self._call(
@@ -114,6 +118,11 @@ class MLAAttention:
             out_TNV=out_TNV,
             lse_TN=lse_TN,
         )
+        self.attend_context(q_TNQ, cache_AGK, step, up_project=up_project, out_TNV=out_TNV, lse_TN=lse_TN)
+        return out_TNV
+
+    def attend_context(self, q_TNQ, cache_AGK, step: PrefillStep, *, up_project, out_TNV, lse_TN) -> None:
+        """Fold the step's cached context into `out_TNV` and `lse_TN`, which hold attention among its new tokens."""
         latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
             rows_SK = step.gather_buffer_SK[: chunk.num_keys]
@@ -135,8 +144,7 @@ class MLAAttention:
                 max_query_len=chunk.max_query_len,
                 causal=False,
             )
-            self._call("merge", out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
-        return out_TNV
+            self.merge(out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
 
     def _attend_expanded(self, q_TNQ, kv_SNX, k_rope_SR, query_start_B1, key_start_B1, **options):
         geometry = self.problem.geometry

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mla_kernels import Problem
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -36,3 +38,17 @@ class Examination:
     @property
     def could_serve(self) -> bool:
         return all(finding.level != "fault" for finding in self.findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server as it would start, described by the adapter of its engine.
+
+    layers: with a latent cache, where they can be told.  weight_bytes: of a local checkpoint, on one rank; 0 where none
+    is.  memory_share: of a GPU's memory, that the engine would take; 0 where it cannot be told.
+    """
+
+    problem: Problem
+    layers: int | None
+    weight_bytes: int
+    memory_share: float

@@ -92,6 +92,14 @@ def mla_layers(hf_config) -> int:
     return max(1, layers // (getattr(hf_config, "layer_group_size", None) or 1))  # Bailing 2.5: the last of each group
 
 
+def layers_or_none(hf_config) -> int | None:
+    """`mla_layers`, or None where the config does not say."""
+    try:
+        return mla_layers(hf_config)
+    except ValueError:
+        return None
+
+
 def weight_bytes(folder: pathlib.Path) -> int:
     """Bytes of the weights in a checkpoint's folder; 0 where none are."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

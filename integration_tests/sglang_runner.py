@@ -1,0 +1,95 @@
+"""Run SGLang's own engine once and write what it did.
+
+    python sglang_runner.py SPEC.json RESULT.json
+
+SPEC: {"engine": keyword arguments of sglang.Engine, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}. Rounds
+run one after another on the same engine. RESULT: as engine_runner.py writes it for vLLM.
+
+SGLang's scheduler runs our kernels in a process of its own, which is killed in the end. A plugin of this test, beside
+ours, writes down each call there.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections import Counter
+
+PROBE = "kernel_calls_probe"
+CALLS_FILE = "MLA_TEST_CALLS_FILE"
+
+
+def register() -> None:
+    """Entry point of the test's plugin: note every call of a kernel of ours in a file."""
+    from mla_backend.attention import MLAAttention
+
+    call, path = MLAAttention._call, os.environ[CALLS_FILE]
+
+    def noted(self, operation, *args, **kwargs):
+        with open(path, "a") as calls:
+            calls.write(f"{operation}:{self.chosen[operation].kernel.name}\n")
+        return call(self, operation, *args, **kwargs)
+
+    MLAAttention._call = noted
+
+
+def install_probe(folder: pathlib.Path) -> pathlib.Path:
+    """Make this file a plugin for processes that SGLang will start: a distribution's metadata is enough."""
+    info = folder / "site" / f"{PROBE}-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROBE}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{PROBE} = sglang_runner:register\n")
+    calls = folder / "calls"
+    calls.touch()
+    sys.path.append(str(info.parent))  # processes that are spawned get this path, and this file's folder is on it
+    os.environ[CALLS_FILE] = str(calls)
+    return calls
+
+
+def main(spec_path: str, result_path: str) -> None:
+    import sglang
+    import torch
+
+    spec = json.loads(pathlib.Path(spec_path).read_text())
+    calls = install_probe(pathlib.Path(result_path).parent)
+    options = {
+        "dtype": "float32",
+        "context_length": 1024,
+        "max_running_requests": 8,
+        "max_total_tokens": 8192,
+        "mem_fraction_static": 0.3,
+        "attention_backend": "mla_backend",
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "log_level": "info",
+        "random_seed": 0,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
+    engine = sglang.Engine(**{**options, **spec["engine"]})
+    sampling = {"temperature": 0, "max_new_tokens": spec["max_tokens"], "ignore_eos": True}
+    rounds = []
+    for prompts in spec["rounds"]:
+        answers = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
+        rounds.append([_answer(a) for a in answers])
+    result = {"rounds": rounds, "calls": Counter(calls.read_text().split()), "metrics": _numbers(engine)}
+    pathlib.Path(result_path).write_text(json.dumps(result))
+    engine.shutdown()
+
+
+def _answer(answer: dict) -> dict:
+    about = answer["meta_info"]
+    return {
+        "tokens": answer["output_ids"],
+        "logprobs": [logprob for logprob, *_ in about["output_token_logprobs"]],
+        "cached": about["cached_tokens"],
+    }
+
+
+def _numbers(engine) -> dict[str, float]:
+    state = engine.get_server_info()["internal_states"][0]
+    return {name: value for name, value in state.items() if isinstance(value, int | float)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

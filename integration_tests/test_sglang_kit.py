@@ -1,0 +1,79 @@
+"""SGLang's own attention tests (sglang.test.kits.attention_unittest), run against our backend by its name: every case
+for MLA that runs without CUDA graphs. The kit compares with an attention of its own, on random locations of pages.
+
+On a CPU our kernels in torch run, and with TRITON_INTERPRET=1 in the environment those in Triton.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.test.kits.attention_unittest.attention_methods import mla_attention as mla
+from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verify
+from sglang_kit import KitTest
+
+from mla_backend.sglang_adapter import NAME
+from mla_kernels.device import default_place, device_of, interpreting
+
+PLACE = default_place()
+LATENT = 32 if device_of(PLACE).kind == "cpu" and not interpreting() else 128  # the kit's own; Triton's smallest
+ROPES, LAYOUTS = (0, 16), ("contiguous", "shuffled_pages", "interleaved_pages")
+
+
+def cases():
+    return [pytest.param(case, id=case.name) for case in mla.make_mla_cases(NAME)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("case", cases())
+def test_attention(case, rope, layout):
+    mla.run_mla_attention_case(
+        KitTest(),
+        case,
+        device=PLACE,
+        dtype=torch.float32,
+        kv_lora_rank=LATENT,
+        qk_rope_head_dim=rope,
+        loc_layout=layout,
+    )
+
+
+@pytest.mark.parametrize("case", cases())
+def test_attention_of_real_width(case):
+    mla.run_mla_attention_case(
+        KitTest(), case, device=PLACE, dtype=torch.float32, kv_lora_rank=512, qk_rope_head_dim=64
+    )
+
+
+def test_scattered_new_tokens():
+    """New tokens of a request lie anywhere. (With larger pages they cannot: whole pages are handed out.)"""
+    case = replace(mla.make_mla_cases(NAME)[0], page_size=1, prefix_lens=(8, 13), extend_lens=(5, 3))
+    mla.run_mla_attention_case(
+        KitTest(),
+        case,
+        device=PLACE,
+        dtype=torch.float32,
+        kv_lora_rank=LATENT,
+        loc_layout="non_monotonic_extend",
+    )
+
+
+@pytest.mark.parametrize(("draft_tokens", "topk"), [(3, 1), (5, 1), (3, 2)])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_verification_of_drafts(draft_tokens, topk, page_size):
+    """Of a chain (topk 1) and of a tree, whose branches must not see one another."""
+    case = mla.MLAAttentionCase(
+        name="verify",
+        backend=NAME,
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        num_heads=4,
+        page_size=page_size,
+        prefix_lens=(4, 7, 33),
+        extend_lens=(draft_tokens,) * 3,
+    )
+    verify.run_mla_eagle_verify_case(KitTest(), case, topk=topk, device=PLACE, dtype=torch.float32, kv_lora_rank=LATENT)

@@ -1,0 +1,271 @@
+"""Attention of SGLang's MLA layers: translate the call, hand over to `MLAAttention`."""
+
+import logging
+from functools import cache, partial
+from importlib.metadata import version
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from mla_backend.attention import MLAAttention
+from mla_backend.config import MLABackendConfig
+from mla_backend.sglang_adapter import NAME, compat
+from mla_backend.sglang_adapter.graphs import GraphBuffers
+from mla_backend.sglang_adapter.metadata import (
+    ExtendMetadata,
+    PageTables,
+    extend_metadata,
+    is_tree,
+    longest_of,
+    visible_in_tree,
+)
+from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem
+from mla_backend.steps import DecodeStep
+from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
+
+logger = logging.getLogger("sglang.mla_backend")
+
+CONTEXT_CHUNK = 16384  # rows of cached context that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in bf16
+
+
+class SGLangMLABackend(AttentionBackend):
+    """What `--attention-backend mla_backend` selects, and `--prefill-` or `--decode-attention-backend` of that name."""
+
+    def __init__(self, runner):
+        """Raises ValueError with every reason why this model runner cannot use us."""
+        super().__init__()
+        facts = Facts.of_runner(runner)
+        self.problem, self.long_problem = make_problem(facts)
+        self.token_to_kv_pool, self.req_to_token_pool = runner.token_to_kv_pool, runner.req_to_token_pool
+        self.max_context_len = runner.model_config.context_len
+        self.data_type = self.kv_cache_dtype = runner.kv_cache_dtype
+        self._draft_tokens = facts.draft_tokens
+        device, config = facts.device, MLABackendConfig.from_environment()
+        # Made once for all layers with one scale, which SGLang tells with a layer's first call.
+        self._attention = cache(partial(MLAAttention, self.problem, device, config))
+        self._long_attention = cache(
+            partial(MLAAttention, self.long_problem, device, ANY_KERNEL, operations=("decode",))
+        )
+        self._tree_attention = cache(partial(TreeAttention, self.problem, device, config))
+        self.tables = PageTables(self.req_to_token_pool.req_to_token, self.problem.layout.page_size)
+        self._graph = None
+        requests = self.req_to_token_pool.req_to_token.shape[0]
+        attention = self._attention(scale=self.problem.geometry.softmax_scale)
+        self._reserve(attention, requests)
+        long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
+        _say_once(
+            f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
+            f"request in latent space: {long}"
+        )
+
+    def _reserve(self, attention: MLAAttention, requests: int) -> None:
+        """Decode scratch for so many requests, the same in every layer and step."""
+        device = self.req_to_token_pool.req_to_token.device
+        shapes = attention.decode_workspace(requests)
+        self._scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes] or None
+
+    def share_scratch_of(self, other: "SGLangMLABackend") -> None:
+        """Take another backend's scratch, which must never run at the same time."""
+        self._scratch = other._scratch
+
+    # Metadata: once a step, for all layers.
+
+    def init_forward_metadata(self, forward_batch):
+        """Without a graph: new tensors, as small as the batch."""
+        mode = forward_batch.forward_mode
+        if forward_batch.batch_size == 0:
+            self.forward_metadata = None
+        elif mode.is_decode_or_idle() or mode.is_target_verify() or mode.is_draft_extend_v2():
+            self.forward_metadata = self._uniform_step(forward_batch, padded=False)
+        else:
+            self.forward_metadata = extend_metadata(
+                forward_batch,
+                self.tables,
+                self.problem.layout,
+                most_keys=min(CONTEXT_CHUNK, forward_batch.get_max_chunk_capacity()),
+            )
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
+        """What captured graphs read: as large as they can ever need, at addresses that stay."""
+        self._graph = GraphBuffers(
+            max_bs, self._draft_tokens, self.tables.most_pages, self.req_to_token_pool.req_to_token.device
+        )
+        attention = self._attention(scale=self.problem.geometry.softmax_scale)
+        self._reserve(attention, max(max_bs, self.req_to_token_pool.req_to_token.shape[0]))
+
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
+        """Before a graph is captured or replayed: bring its buffers up to date."""
+        self.hold_for_graph(self._uniform_step(forward_batch, padded=True))
+
+    def hold_for_graph(self, step: DecodeStep | TreeStep) -> None:
+        """Make this the step that a graph reads."""
+        self.forward_metadata = self._graph.hold(step)
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info, cuda_graph_bs):
+        """SGLang says when a draft is there whose verification was planned before. Chains are planned without it, and
+        for trees `make_problem` refuses this order."""
+
+    def get_cuda_graph_seq_len_fill_value(self):
+        return 1
+
+    def _uniform_step(self, forward_batch, *, padded: bool) -> DecodeStep | TreeStep:
+        """The step of a batch whose requests all bring as many tokens.
+
+        SGLang counts a decoded token among the cached ones already; tokens to verify it does not; and tokens that
+        extend a draft only if the batch is padded for a graph, where each request has a whole window of them.
+        """
+        mode, seq_lens_B, query_len = forward_batch.forward_mode, forward_batch.seq_lens, self._draft_tokens
+        if mode.is_target_verify():
+            if is_tree(forward_batch.spec_info):
+                return self._tree_step(forward_batch)
+            seq_lens_B = seq_lens_B + query_len
+        elif mode.is_draft_extend_v2():
+            if not padded and forward_batch.extend_seq_lens is not None:
+                seq_lens_B = seq_lens_B - forward_batch.extend_seq_lens + query_len
+        else:
+            query_len = 1
+        return DecodeStep(
+            block_table_BM=self._table(forward_batch, more=query_len),
+            seq_lens_B=seq_lens_B.to(torch.int32),
+            query_len=query_len,
+        )
+
+    def _tree_step(self, forward_batch) -> TreeStep:
+        tokens, context_lens_B = self._draft_tokens, forward_batch.seq_lens
+        visible_BSS = visible_in_tree(forward_batch.spec_info.custom_mask, context_lens_B, tokens)
+        table, lens = ancestors_of(visible_BSS, forward_batch.out_cache_loc.view(-1, tokens))
+        return TreeStep(
+            tokens=tokens,
+            context=DecodeStep(
+                block_table_BM=self._table(forward_batch), seq_lens_B=context_lens_B.to(torch.int32), query_len=1
+            ),
+            ancestors=DecodeStep(block_table_BM=table, seq_lens_B=lens, query_len=1),
+        )
+
+    def _table(self, forward_batch, more: int = 0) -> torch.Tensor:
+        """Block tables of a batch with `more` tokens a request than SGLang says."""
+        longest = longest_of(forward_batch, otherwise=self.max_context_len) + more
+        return self.tables.make(forward_batch.req_pool_indices, longest)
+
+    # Layers.
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
+        _refuse(layer, others)
+        if save_kv_cache and k is not None:
+            self._write(layer, forward_batch, *self._split(k, k_rope, heads=1))
+        return self._attend_latent(q, q_rope, layer, self.forward_metadata)
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
+        _refuse(layer, others)
+        if not self._is_absorbed(layer):
+            return self._attend_expanded(q, k, v, layer, forward_batch)
+        if save_kv_cache and k is not None:
+            self._write(layer, forward_batch, *self._split(k, k_rope, heads=1))
+        step = self.forward_metadata
+        return self._attend_latent(q, q_rope, layer, step.latent if isinstance(step, ExtendMetadata) else step)
+
+    def prepare_prefill_qkv(self, *, q, q_pe, kv_a, k_pe, positions, layer, forward_batch):
+        """SGLang's hook before attention over expanded heads: rotate, write the cache, and keep the new latent rows.
+
+        Their up-projection follows in `forward_extend`, which takes keys and values as views of it, so the key and
+        value that go through SGLang's layer in between are only shapes.
+        """
+        if layer.rotary_emb is not None:
+            q_pe, k_pe = layer.rotary_emb(positions, q_pe, k_pe)
+            q[..., self.problem.geometry.qk_nope_head_dim :] = q_pe
+        k_rope_TR = k_pe.reshape(len(kv_a), -1)
+        self._write(layer.attn_mha, forward_batch, kv_a, k_rope_TR)
+        forward_batch.mla_backend_latent = kv_a, k_rope_TR
+        shape = q.new_empty(1).expand(q.shape)
+        return q, shape, q.new_empty(1).expand(*q.shape[:2], self.problem.geometry.v_head_dim)
+
+    def _attend_expanded(self, q, k, v, layer, forward_batch):
+        geometry, step = self.problem.geometry, self.forward_metadata.expanded
+        attention = self._attention(scale=layer.scaling)
+        q_TNQ = q.view(-1, geometry.num_heads, geometry.qk_head_dim)
+        # Rows that pad a batch belong to no request and nobody writes them.
+        out_TNV = q_TNQ.new_zeros((*q_TNQ.shape[:2], geometry.v_head_dim))
+        cached = {"up_project": lambda latent_SL: self._up_project(layer, latent_SL), "out_TNV": out_TNV}
+        latent = forward_batch.__dict__.pop("mla_backend_latent", None)
+        if latent is not None:
+            attention.prefill(q_TNQ, *latent, self._cache(layer), step, **cached)
+        else:
+            k_SNQ = k.view(-1, geometry.num_heads, geometry.qk_head_dim)
+            lse_TN = torch.full(q_TNQ.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+            attention.attend(
+                q_TNQ,
+                k_SNQ[..., : geometry.qk_nope_head_dim],
+                k_SNQ[..., geometry.qk_nope_head_dim :],
+                v.view(-1, geometry.num_heads, geometry.v_head_dim),
+                step.query_start_B1,
+                step.query_start_B1,
+                max_query_len=step.max_query_len,
+                causal=True,
+                out_TNV=out_TNV,
+                lse_TN=lse_TN,
+            )
+            attention.attend_context(q_TNQ, self._cache(layer), step, lse_TN=lse_TN, **cached)
+        return out_TNV.flatten(1)
+
+    def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):
+        geometry = self.problem.geometry
+        q_latent_TNL, q_rope_TNR = self._split(q, q_rope, heads=geometry.num_heads)
+        if isinstance(step, TreeStep):
+            trees = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
+            return trees.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step)[0].flatten(1)
+        if step.query_len <= self.problem.max_query_len:
+            attention, workspace = self._attention(scale=layer.scaling), self._scratch
+        else:
+            attention, workspace = self._long_attention(scale=layer.scaling), None
+        out_TNL, _ = attention.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step, workspace=workspace)
+        return out_TNL.flatten(1)
+
+    def _is_absorbed(self, layer) -> bool:
+        geometry = self.problem.geometry
+        widths = layer.tp_k_head_num, layer.head_dim, layer.v_head_dim
+        return widths == (1, geometry.latent_dim, geometry.kv_lora_rank)
+
+    def _split(self, x, rope, *, heads: int):
+        """Latent and rotary parts of absorbed queries, or of new keys, which SGLang hands over apart or as one."""
+        geometry = self.problem.geometry
+        shape = (-1, geometry.num_heads) if heads > 1 else (-1,)
+        if rope is not None:
+            return x.view(*shape, geometry.kv_lora_rank), rope.reshape(*shape, geometry.qk_rope_head_dim)
+        return x.view(*shape, geometry.latent_dim).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
+
+    def _cache(self, layer) -> torch.Tensor:
+        """The layer's rows of SGLang's pool [slots, 1, K] as pages."""
+        layout = self.problem.layout
+        rows = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        pages = len(rows) // layout.page_size
+        return rows[: pages * layout.page_size].view(layout.shape(pages))
+
+    def _write(self, layer, forward_batch, latent_TL, rope_TR) -> None:
+        slots_T = compat.write_slots(forward_batch)
+        tokens = min(len(slots_T), len(latent_TL))  # either may be padded for a graph
+        attention = self._attention(scale=layer.scaling)
+        attention.write(latent_TL[:tokens], rope_TR[:tokens], self._cache(layer), slots_T[:tokens])
+
+    def _up_project(self, layer, latent_SL: torch.Tensor) -> torch.Tensor:
+        geometry = self.problem.geometry
+        expanded = layer.kv_b_proj(latent_SL.contiguous())[0]
+        return expanded.view(-1, geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim)
+
+
+@cache
+def _say_once(what: str) -> None:
+    logger.info("mla_backend %s: %s", version("mla-backend"), what)
+
+
+def _refuse(layer, others: dict) -> None:
+    """Raise NotImplementedError for what SGLang may ask of a layer and we would otherwise silently leave out."""
+    asked = {name: value for name, value in others.items() if value is not None}
+    if layer.logit_cap:
+        asked["logit_cap"] = layer.logit_cap
+    if layer.sliding_window_size > -1:
+        asked["sliding_window_size"] = layer.sliding_window_size
+    if asked:
+        raise NotImplementedError(
+            f"mla_backend cannot serve layer {layer.layer_id}: it asks for {', '.join(asked)}, which mla_backend has "
+            f"not. Leave out --attention-backend {NAME}."
+        )

@@ -1,0 +1,48 @@
+"""Which of SGLang's ways through an MLA layer a batch takes: over expanded heads, or absorbed, in latent space."""
+
+from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS as TAKES_ROPE_APART
+
+from mla_backend.sglang_adapter import NAME, compat
+from mla_backend.sglang_adapter.problem import text_config
+from mla_backend.steps import expanding_is_cheaper
+from mla_kernels import MLAGeometry
+
+
+def take_over(model_config) -> None:
+    """Let SGLang's models ask us, and hand us nope and rope parts of queries and keys without concatenating them.
+
+    A model that scales its queries by position gets the concatenation: SGLang applies that factor to it alone.
+    """
+    scales_queries = _scales_queries(model_config)
+    handlers.AttentionBackendRegistry.register(NAME, _absorbed if scales_queries else _cheaper)
+    if scales_queries and NAME in TAKES_ROPE_APART:
+        TAKES_ROPE_APART.remove(NAME)
+    elif not scales_queries and NAME not in TAKES_ROPE_APART:
+        TAKES_ROPE_APART.append(NAME)
+
+
+def _scales_queries(model_config) -> bool:
+    return getattr(text_config(model_config), "llama_4_scaling", None) is not None
+
+
+def _absorbed(attention, forward_batch) -> AttnForwardMethod:
+    return handlers._dispatch_mla_subtype(attention, forward_batch)
+
+
+def _cheaper(attention, forward_batch) -> AttnForwardMethod:
+    """Expanded for a plain extend that multiplies less that way. Our backend attends to cached context by itself, so
+    SGLang's plain method serves requests with a cached prefix too."""
+    absorbed = _absorbed(attention, forward_batch)
+    if not forward_batch.forward_mode.is_extend_without_speculative() or compat.is_captured_prefill(handlers):
+        return absorbed
+    geometry = MLAGeometry(
+        num_heads=attention.num_local_heads,
+        kv_lora_rank=attention.kv_lora_rank,
+        qk_nope_head_dim=attention.qk_nope_head_dim,
+        qk_rope_head_dim=attention.qk_rope_head_dim,
+        v_head_dim=attention.v_head_dim,
+    )
+    lens = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
+    return AttnForwardMethod.MHA if expanding_is_cheaper(geometry, *lens) else absorbed

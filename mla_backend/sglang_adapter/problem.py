@@ -1,0 +1,112 @@
+"""The static facts of an SGLang model runner, and every reason why we cannot serve it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from sglang.srt.environ import envs
+
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.models import family_of
+from mla_backend.sglang_adapter import NAME, compat
+from mla_kernels import FORMATS, CacheLayout, Device, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
+
+SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
+ANY_KERNEL = MLABackendConfig()
+CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What decides whether and how a model is served: of a model runner, or of a server to come.
+
+    model_config, arguments: SGLang's.  is_mla: whether SGLang serves it as MLA.
+    heads: query heads of a rank.  draft_tokens: of a request, verified at once; 1 without speculative decoding.
+    """
+
+    model_config: object
+    arguments: object
+    is_mla: bool
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    page_size: int
+    device: Device
+    heads: int
+    draft_tokens: int
+
+    @classmethod
+    def of_runner(cls, runner) -> "Facts":
+        return cls(
+            model_config=runner.model_config,
+            arguments=runner.server_args,
+            is_mla=runner.use_mla_backend,
+            dtype=runner.dtype,
+            kv_cache_dtype=runner.kv_cache_dtype,
+            page_size=runner.page_size,
+            device=device_of(runner.device),
+            heads=runner.model_config.num_attention_heads // compat.attention_ranks(),
+            draft_tokens=compat.draft_tokens(runner),
+        )
+
+
+def make_problem(facts: Facts) -> tuple[Problem, Problem]:
+    """The problem of decode, and of extends in latent space that bring more query tokens than decode does.
+
+    Raises ValueError with every reason against serving this model.
+    """
+    reasons, problems = list(_refusals(facts)), None
+    if facts.is_mla and facts.kv_cache_dtype in CACHE_DTYPES:
+        try:
+            problems = _problems(facts)
+            reasons += _without_kernel(problems, facts.device)
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise ValueError(f"--attention-backend {NAME} cannot serve this model here: {'; '.join(reasons)}")
+    return problems
+
+
+def text_config(model_config):
+    """The part of a model's config that describes its language model."""
+    return getattr(model_config, "hf_text_config", None) or model_config.hf_config
+
+
+def _refusals(facts: Facts):
+    if not facts.is_mla:
+        yield f"it serves MLA models only, and SGLang takes this one for none; leave out --attention-backend {NAME}"
+    missing = family_of(text_config(facts.model_config)).missing
+    if missing:
+        yield f"the model needs {missing}, and mla_backend has none yet"
+    if facts.kv_cache_dtype not in CACHE_DTYPES:
+        yield f"it needs --kv-cache-dtype auto, got {facts.kv_cache_dtype}"
+    for option, default in (("dcp_size", 1), ("attn_cp_size", 1), ("enable_two_batch_overlap", False)):
+        value = getattr(facts.arguments, option, None)
+        if value not in (None, default):
+            yield f"it needs --{option.replace('_', '-')} left out, got {value}"
+    trees = (getattr(facts.arguments, "speculative_eagle_topk", None) or 1) > 1
+    if trees and envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
+        yield "it plans the verification of trees of draft tokens after them; unset SGLANG_ENABLE_OVERLAP_PLAN_STREAM"
+
+
+def _problems(facts: Facts) -> tuple[Problem, Problem]:
+    config = facts.model_config
+    geometry = MLAGeometry(
+        num_heads=facts.heads,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
+    )
+    layout = CacheLayout(geometry=geometry, format=format_of(facts.kv_cache_dtype), page_size=facts.page_size)
+    problem = Problem(layout=layout, dtype=facts.dtype, max_query_len=max(SHORT_EXTEND, facts.draft_tokens))
+    return problem, replace(problem, max_query_len=max(problem.max_query_len, config.context_len))
+
+
+def _without_kernel(problems: tuple[Problem, Problem], device):
+    """A kernel that the user names is for decode; extends that it was not made for take the best that can."""
+    named = MLABackendConfig.from_environment()
+    for problem, operations, config in zip(problems, (OPERATIONS, ("decode",)), (named, ANY_KERNEL), strict=True):
+        for operation in operations:
+            try:
+                select(operation, problem, device, kernel=config.kernel_for(operation))
+            except (UnsupportedMLA, ValueError) as error:
+                yield str(error)

@@ -1,0 +1,2 @@
+def rotary_embedding(*args, **kwargs):
+    raise RuntimeError("vLLM is only a stand-in here")
