@@ -2,7 +2,7 @@
 
 examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
-  -> mla_backend: attention, steps, models, findings, config  (no engine)
+  -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
      -> hopper_decode, split_merge -> schedule -> hopper, primitives -> device, layout, geometry
 """
