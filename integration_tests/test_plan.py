@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mla_backend.plan.estimate import GIB, Gpus, rows
+from mla_backend.plan.kernels import kernels
 from mla_backend.plan.model import load
 
 V3 = {"model_type": "deepseek_v3", "num_attention_heads": 128, "num_hidden_layers": 61, "kv_lora_rank": 512}
@@ -158,3 +159,24 @@ def test_a_mistake_is_exit_status_1(tmp_path):
     done = command(tmp_path)
     assert done.exit_code == 1
     assert "must be a model's config.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor_parallel", "decode"),
+    [
+        ("sm_90", 1, "triton_splitkv"),
+        ("gfx942", 8, "triton_splitkv"),
+        ("cpu", 1, "torch_decode (not triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu)"),
+        ("sm_75", 1, "none: triton_splitkv: needs sm_80 or newer, got sm_75 torch_decode: runs on CPU tensors"),
+    ],
+)
+def test_kernels_of_an_architecture(v3, monkeypatch, architecture, tensor_parallel, decode):
+    monkeypatch.delenv("MLA_BACKEND_DECODE", raising=False)
+    found = kernels(load(v3), architecture, tensor_parallel)
+    assert " ".join(found["decode"].split()).startswith(decode)
+    assert list(found) == ["decode", "prefill", "cache write", "cache gather", "merge"]
+
+
+def test_an_architecture_that_is_none(v3):
+    with pytest.raises(ValueError, match=r"such as sm_90.*got 'H200'"):
+        kernels(load(v3), "H200", 1)

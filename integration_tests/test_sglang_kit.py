@@ -43,8 +43,11 @@ def test_attention(case, rope, layout):
     )
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("case", cases())
-def test_attention_of_real_width(case):
+def test_attention_of_real_width(case, heads):
+    """Also with the one head that tensor parallelism may leave to a rank."""
+    case = replace(case, num_heads=heads)
     mla.run_mla_attention_case(
         KitTest(), case, device=PLACE, dtype=torch.float32, kv_lora_rank=512, qk_rope_head_dim=64
     )

@@ -1,9 +1,10 @@
 """What an examination of this machine (mla_backend/doctor) finds, and what is known when it ends."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from mla_kernels import Problem
+if TYPE_CHECKING:  # the command's help must not wait for torch
+    from mla_kernels import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Server:
     is.  memory_share: of a GPU's memory, that the engine would take; 0 where it cannot be told.
     """
 
-    problem: Problem
+    problem: "Problem"
     layers: int | None
     weight_bytes: int
     memory_share: float

@@ -1,6 +1,7 @@
 """What this machine is. The only module that asks."""
 
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -55,8 +56,22 @@ class Device:
         return table.get(self.arch, _SMALLEST_SHARED_BYTES)
 
     def __str__(self) -> str:
-        arch = {"cuda": f" sm_{self.arch}", "hip": f" {self.arch}"}.get(self.kind, "")
-        return f"{self.name}{arch}{', Triton interpreter' if self.interpreted else ''}"
+        arch = {"cuda": f"sm_{self.arch}", "hip": f"{self.arch}"}.get(self.kind, "")
+        named = " ".join(dict.fromkeys(filter(None, (self.name, arch))))
+        return f"{named}{', Triton interpreter' if self.interpreted else ''}"
+
+
+def device_called(name: str) -> Device:
+    """A device of which only the architecture is known: "sm_90", "gfx942" or "cpu". Raises ValueError for others."""
+    if match := re.fullmatch(r"sm_(\d+)", name):
+        return Device("cuda", int(match[1]), name)
+    if re.fullmatch(r"gfx\w+", name):
+        return Device("hip", name, name)
+    if name == "cpu":
+        return Device("cpu")
+    raise ValueError(
+        f"an architecture is sm_ and a number, such as sm_90, or gfx942 and the like, or cpu; got {name!r}"
+    )
 
 
 def interpreting() -> bool:

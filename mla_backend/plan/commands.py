@@ -52,6 +52,9 @@ def plan(
         float, typer.Option(min=0.01, metavar="TB/S", help="That a GPU reads; 4.3 was measured on an H200.")
     ] = 4.3,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a request.")] = 262144,
+    gpu: Annotated[
+        str, typer.Option(metavar="ARCH", help="Say which kernels run there: sm_90, sm_80, gfx942, cpu.")
+    ] = "sm_90",
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it.")] = None,
 ) -> None:
@@ -59,6 +62,7 @@ def plan(
     if plot:
         need_matplotlib()
     from mla_backend.plan.estimate import GIB, Gpus, rows
+    from mla_backend.plan.kernels import kernels
     from mla_backend.plan.model import load
 
     try:
@@ -72,6 +76,7 @@ def plan(
             bytes_per_s=bandwidth * 1e12,
         )
         found = rows(model, gpus, context)
+        chosen = kernels(model, gpu, tp)
     except ValueError as error:
         raise fail(error) from None
     if plot:
@@ -80,12 +85,16 @@ def plan(
         draw(model, gpus, found, plot)
     if json:
         parts = {"model": dataclasses.asdict(model), "gpus": dataclasses.asdict(gpus), "context": context}
-        typer.echo(json_module.dumps(parts | {"rows": [dataclasses.asdict(row) for row in found]}, indent=2))
+        parts |= {"rows": [dataclasses.asdict(row) for row in found], "kernels": {"gpu": gpu, **chosen}}
+        typer.echo(json_module.dumps(parts, indent=2))
         return
     from rich.console import Console
 
     console = Console(width=120, highlight=False)
     console.print(table(model, gpus, found, context))
+    console.print(f"On {gpu}, bf16, pages of 64:")
+    for operation, kernel in chosen.items():
+        console.print(f"  {operation}: {kernel}")
     if not gpus.weight_bytes:
         console.print("No weights are counted: none lie beside config.json. --weights GIB says how many there are.")
     if gpus.context_parallel > 1:

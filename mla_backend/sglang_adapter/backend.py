@@ -25,6 +25,7 @@ from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 
 logger = logging.getLogger("sglang.mla_backend")
 
+SHORT_TABLE_PAGE = 16  # tokens a page, from which on a block table of the longest request costs nothing to copy
 CONTEXT_CHUNK = 16384  # rows of cached context that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in bf16
 
 
@@ -47,26 +48,31 @@ class SGLangMLABackend(AttentionBackend):
             partial(MLAAttention, self.long_problem, device, ANY_KERNEL, operations=("decode",))
         )
         self._tree_attention = cache(partial(TreeAttention, self.problem, device, config))
+        # Without them a block table is as wide as the longest request can be: too much to copy for pages of one token.
+        self.needs_cpu_seq_lens = self.problem.layout.page_size < SHORT_TABLE_PAGE
         self.tables = PageTables(self.req_to_token_pool.req_to_token, self.problem.layout.page_size)
-        self._graph = None
+        self._graph, self._scratch, self._reserved = None, None, 0
         requests = self.req_to_token_pool.req_to_token.shape[0]
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
-        self._reserve(attention, requests)
+        self._reserve(requests)
         long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
         _say_once(
             f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
             f"request in latent space: {long}"
         )
 
-    def _reserve(self, attention: MLAAttention, requests: int) -> None:
-        """Decode scratch for so many requests, the same in every layer and step."""
+    def _reserve(self, requests: int) -> None:
+        """Decode scratch for so many requests, the same in every layer and step. What is enough stays where it is."""
+        if requests <= self._reserved:
+            return
+        self._reserved = requests
         device = self.req_to_token_pool.req_to_token.device
-        shapes = attention.decode_workspace(requests)
+        shapes = self._attention(scale=self.problem.geometry.softmax_scale).decode_workspace(requests)
         self._scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes] or None
 
     def share_scratch_of(self, other: "SGLangMLABackend") -> None:
         """Take another backend's scratch, which must never run at the same time."""
-        self._scratch = other._scratch
+        self._scratch, self._reserved = other._scratch, other._reserved
 
     # Metadata: once a step, for all layers.
 
@@ -90,8 +96,13 @@ class SGLangMLABackend(AttentionBackend):
         self._graph = GraphBuffers(
             max_bs, self._draft_tokens, self.tables.most_pages, self.req_to_token_pool.req_to_token.device
         )
-        attention = self._attention(scale=self.problem.geometry.softmax_scale)
-        self._reserve(attention, max(max_bs, self.req_to_token_pool.req_to_token.shape[0]))
+        self._reserve(max_bs)
+        logger.info(
+            "mla_backend: %.1f MiB of block tables for CUDA graphs of %d requests in pages of %d",
+            self._graph.bytes / 2**20,
+            max_bs,
+            self.problem.layout.page_size,
+        )
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
         """Before a graph is captured or replayed: bring its buffers up to date."""
@@ -152,7 +163,7 @@ class SGLangMLABackend(AttentionBackend):
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
         _refuse(layer, others)
         if save_kv_cache and k is not None:
-            self._write(layer, forward_batch, *self._split(k, k_rope, heads=1))
+            self._write(layer, forward_batch, *self._split(k, k_rope))
         return self._attend_latent(q, q_rope, layer, self.forward_metadata)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
@@ -160,7 +171,7 @@ class SGLangMLABackend(AttentionBackend):
         if not self._is_absorbed(layer):
             return self._attend_expanded(q, k, v, layer, forward_batch)
         if save_kv_cache and k is not None:
-            self._write(layer, forward_batch, *self._split(k, k_rope, heads=1))
+            self._write(layer, forward_batch, *self._split(k, k_rope))
         step = self.forward_metadata
         return self._attend_latent(q, q_rope, layer, step.latent if isinstance(step, ExtendMetadata) else step)
 
@@ -209,7 +220,7 @@ class SGLangMLABackend(AttentionBackend):
 
     def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):
         geometry = self.problem.geometry
-        q_latent_TNL, q_rope_TNR = self._split(q, q_rope, heads=geometry.num_heads)
+        q_latent_TNL, q_rope_TNR = self._split(q, q_rope, geometry.num_heads)
         if isinstance(step, TreeStep):
             trees = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
             return trees.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step)[0].flatten(1)
@@ -225,13 +236,12 @@ class SGLangMLABackend(AttentionBackend):
         widths = layer.tp_k_head_num, layer.head_dim, layer.v_head_dim
         return widths == (1, geometry.latent_dim, geometry.kv_lora_rank)
 
-    def _split(self, x, rope, *, heads: int):
-        """Latent and rotary parts of absorbed queries, or of new keys, which SGLang hands over apart or as one."""
+    def _split(self, x, rope, *heads: int):
+        """Latent and rotary parts of absorbed queries, or without heads of new keys, which come apart or as one."""
         geometry = self.problem.geometry
-        shape = (-1, geometry.num_heads) if heads > 1 else (-1,)
         if rope is not None:
-            return x.view(*shape, geometry.kv_lora_rank), rope.reshape(*shape, geometry.qk_rope_head_dim)
-        return x.view(*shape, geometry.latent_dim).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
+            return x.view(-1, *heads, geometry.kv_lora_rank), rope.reshape(-1, *heads, geometry.qk_rope_head_dim)
+        return x.view(-1, *heads, geometry.latent_dim).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
 
     def _cache(self, layer) -> torch.Tensor:
         """The layer's rows of SGLang's pool [slots, 1, K] as pages."""

@@ -45,11 +45,10 @@ class MLAMultiStepDraft:
     own; SGLang puts their tokens behind the context in its table of slots, one branch after another.
     """
 
-    needs_cpu_seq_lens = True
-
     def __init__(self, runner, topk: int, steps: int):
         self.topk, self._steps = topk, steps
         self.attn_backends = [SGLangMLABackend(runner) for _ in range(steps - 1)]
+        self.needs_cpu_seq_lens = self.attn_backends[0].needs_cpu_seq_lens
         self._share_scratch()
 
     def _share_scratch(self) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from mla_backend.steps import DecodeStep
 from mla_backend.tree import TreeStep
+from mla_kernels import tensor_bytes
 
 
 class _StepBuffers:
@@ -14,6 +15,7 @@ class _StepBuffers:
     def __init__(self, requests: int, pages: int, device: torch.device):
         self._table = torch.zeros((requests, pages), dtype=torch.int32, device=device)
         self._seq_lens = torch.ones(requests, dtype=torch.int32, device=device)
+        self.bytes = tensor_bytes((requests, pages + 1), torch.int32)
 
     def hold(self, step: DecodeStep) -> DecodeStep:
         """The same step in these buffers. A block table keeps what it held beyond the step's; no kernel reads there."""
@@ -30,6 +32,7 @@ class GraphBuffers:
     def __init__(self, requests: int, tokens: int, pages: int, device: torch.device):
         self._step = _StepBuffers(requests, pages, device)
         self._ancestors = _StepBuffers(requests * tokens, tokens, device)
+        self.bytes = self._step.bytes + self._ancestors.bytes
 
     def hold(self, step: DecodeStep | TreeStep) -> DecodeStep | TreeStep:
         """The same step in these buffers."""
