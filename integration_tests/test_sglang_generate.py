@@ -84,6 +84,18 @@ def test_start_up_line_says_what_runs_and_why(sglang, checkpoints):
         assert part in line
 
 
+def test_two_tensor_parallel_ranks(sglang, checkpoints, oracle):
+    """Each has half of the heads and the whole cache."""
+    folder, batch = checkpoints(), prompts((2, 17, 65, 131))
+    cores = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # SGLang asks for it where ranks outnumber NUMA nodes
+    run = sglang(folder, [batch, batch], tp_size=2, env=cores)
+    for answers in run.rounds:
+        assert_same_answers(answers, oracle(folder, batch))
+    said = [line for line in run.log.splitlines() if "mla_backend 0" in line]
+    assert len(said) == 2
+    assert all("2 heads, latent 512" in line for line in said)
+
+
 @pytest.mark.parametrize("other", ["prefill", "decode"])
 def test_beside_a_backend_of_sglang(sglang, checkpoints, oracle, other):
     """Ours for decode with SGLang's Triton kernels for prefill, and the other way round, cached prefixes too."""
