@@ -123,8 +123,9 @@ def test_two_tensor_parallel_ranks(engine, checkpoints, oracle):
     run = engine(folder, [batch, batch], tensor_parallel_size=2, env=env)
     for answers in run.rounds:
         assert_same_answers(answers, oracle(folder, batch))
-    (said,) = [line for line in run.log.splitlines() if "mla_backend 0" in line]
-    assert "2 heads, latent 512" in said
+    said = [line for line in run.log.splitlines() if "mla_backend 0" in line]
+    assert len(said) == 2, "each rank says it"
+    assert all("2 heads, latent 512" in line for line in said)
 
 
 def test_backend_per_kind(engine, checkpoints, oracle):
