@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.test.kits.attention_unittest.attention_methods import mla_attention as mla
 from sglang.test.kits.attention_unittest.runner_modes import speculative_target_verify_runner as verify
+from sglang.test.kits.attention_unittest.runner_modes import split_op_runner as split_op
 from sglang_kit import KitTest
 
 from mla_backend.sglang_adapter import NAME
@@ -80,3 +81,19 @@ def test_verification_of_drafts(draft_tokens, topk, page_size):
         extend_lens=(draft_tokens,) * 3,
     )
     verify.run_mla_eagle_verify_case(KitTest(), case, topk=topk, device=PLACE, dtype=torch.float32, kv_lora_rank=LATENT)
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("breakable", [True, False])
+@pytest.mark.parametrize("case", [one for one in cases() if not one.values[0].forward_mode.is_decode()])
+def test_extend_between_pieces_of_a_graph(case, breakable, padding):
+    """Attention of a prefill whose other layers are graphs for a larger number of tokens."""
+    split_op.run_mla_split_op_extend_case(
+        KitTest(),
+        case,
+        breakable=breakable,
+        static_num_tokens=case.num_input_tokens + padding,
+        device=PLACE,
+        dtype=torch.float32,
+        kv_lora_rank=LATENT,
+    )
