@@ -1,5 +1,7 @@
-"""The cases of SGLang's kit that need a GPU: CUDA graphs captured and replayed, of decode, of verification, and of draft
-models. Some of them write a prefix of more than one page where they do not read it, so prefixes are short here."""
+"""The cases of SGLang's kit that need a GPU: CUDA graphs captured and replayed, of decode, verification and draft models.
+
+Some of them write a prefix of more than one page where they do not read it, so prefixes are short here.
+"""
 
 import pytest
 import torch
