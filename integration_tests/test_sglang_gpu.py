@@ -1,4 +1,4 @@
-"""The cases of SGLang's kit that need a GPU: CUDA graphs captured and replayed, of decode, verification and draft models.
+"""The cases of SGLang's kit that need a GPU: CUDA graphs of decode, of verification and of draft models.
 
 Some of them write a prefix of more than one page where they do not read it, so prefixes are short here.
 """
