@@ -16,7 +16,7 @@ from sglang_kit import KitTest
 from mla_backend.sglang_adapter import NAME
 from mla_backend.sglang_adapter.backend import SGLangMLABackend
 from mla_backend.sglang_adapter.draft import MLAMultiStepDraft
-from mla_backend.sglang_adapter.metadata import PageTables
+from mla_backend.sglang_adapter.metadata import PageTables, visible_in_tree
 
 
 def fixture(mode=ForwardMode.DECODE, *, page_size=16, prefix_lens=(14, 15, 16), extend_lens=()):
@@ -118,6 +118,19 @@ def test_each_draft_step_sees_its_branch(topk, page_size):
             assert step.block_table_BM[row, : -(-len(wanted) // page_size)].tolist() == [
                 slot // page_size for slot in wanted[::page_size].tolist()
             ]
+
+
+def test_trees_of_a_batch_that_is_padded_for_a_graph():
+    """SGLang's mask covers the requests of the batch; those that pad it have a context of one token."""
+    visible = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]], dtype=torch.bool)
+    context = torch.tensor([4, 2])
+    mask = torch.cat(
+        [torch.cat([torch.ones(3, n, dtype=torch.bool), v], 1).flatten() for n, v in zip(context, visible, strict=True)]
+    )
+    assert torch.equal(visible_in_tree(mask, context, 3), visible)
+    padded = visible_in_tree(mask, torch.tensor([4, 2, 1, 1]), 3)
+    assert torch.equal(padded[:2], visible)
+    assert padded.shape == (4, 3, 3)
 
 
 def test_draft_steps_for_graphs():

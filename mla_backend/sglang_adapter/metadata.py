@@ -131,10 +131,11 @@ def is_tree(spec_info) -> bool:
 def visible_in_tree(mask: torch.Tensor, context_lens_B: torch.Tensor, tokens: int) -> torch.Tensor:
     """bool [B, tokens, tokens]: which tokens of its tree each token sees.
 
-    mask: SGLang's flat one, for each request a row for each token over its context and its tree.
+    mask: SGLang's flat one, for each request a row for each token over its context and its tree. It need not cover
+    requests behind those of a batch, which pad it for a graph.
     """
     tree = torch.arange(tokens, device=mask.device)
     width_B = context_lens_B + tokens
     first_B = (width_B * tokens).cumsum(0) - width_B * tokens
     row_BS = first_B[:, None] + tree * width_B[:, None] + context_lens_B[:, None]
-    return mask[row_BS[..., None] + tree]
+    return mask[(row_BS[..., None] + tree).clamp(max=len(mask) - 1)]
