@@ -49,6 +49,7 @@ def test_pages_of_requests(page_size):
         (ForwardMode.DECODE, None, [20, 9], 1, False),
         (ForwardMode.DECODE, None, [20, 9], 1, True),
         (ForwardMode.TARGET_VERIFY, None, [23, 12], 3, False),
+        (ForwardMode.TARGET_VERIFY, None, [23, 12], 3, True),
         (ForwardMode.DRAFT_EXTEND_V2, [3, 3], [20, 9], 3, False),
         (ForwardMode.DRAFT_EXTEND_V2, [2, 1], [21, 11], 3, False),
         (ForwardMode.DRAFT_EXTEND_V2, [3, 3], [20, 9], 3, True),
@@ -56,15 +57,17 @@ def test_pages_of_requests(page_size):
 )
 def test_lengths_of_uniform_steps(mode, extend, seq_lens, query_len, padded):
     backend = fixture(ForwardMode.TARGET_VERIFY, extend_lens=(3, 3, 3)).backend
+    beyond = [30] if padded else []  # graphs' buffers are handed over whole
     batch = SimpleNamespace(
         forward_mode=mode,
         batch_size=2,
-        seq_lens=torch.tensor([20, 9]),
-        seq_lens_cpu=torch.tensor([20, 9]),
-        req_pool_indices=torch.tensor([1, 0]),
-        extend_seq_lens=None if extend is None else torch.tensor(extend),
+        seq_lens=torch.tensor([20, 9, *beyond]),
+        seq_lens_cpu=torch.tensor([20, 9, *beyond]),
+        req_pool_indices=torch.tensor([1, 0, *beyond]),
         spec_info=None,
     )
+    if not padded:
+        batch.extend_seq_lens = None if extend is None else torch.tensor(extend)
     step = backend._uniform_step(batch, padded=padded)
     assert step.seq_lens_B.tolist() == seq_lens
     assert step.seq_lens_B.dtype == torch.int32

@@ -125,7 +125,8 @@ class SGLangMLABackend(AttentionBackend):
         SGLang counts a decoded token among the cached ones already; tokens to verify it does not; and tokens that
         extend a draft only if the batch is padded for a graph, where each request has a whole window of them.
         """
-        mode, seq_lens_B, query_len = forward_batch.forward_mode, forward_batch.seq_lens, self._draft_tokens
+        mode, query_len = forward_batch.forward_mode, self._draft_tokens
+        seq_lens_B = forward_batch.seq_lens[: forward_batch.batch_size]  # SGLang hands over whole buffers of graphs
         if mode.is_target_verify():
             if is_tree(forward_batch.spec_info):
                 return self._tree_step(forward_batch)
@@ -142,9 +143,9 @@ class SGLangMLABackend(AttentionBackend):
         )
 
     def _tree_step(self, forward_batch) -> TreeStep:
-        tokens, context_lens_B = self._draft_tokens, forward_batch.seq_lens
+        tokens, context_lens_B = self._draft_tokens, forward_batch.seq_lens[: forward_batch.batch_size]
         visible_BSS = visible_in_tree(forward_batch.spec_info.custom_mask, context_lens_B, tokens)
-        table, lens = ancestors_of(visible_BSS, forward_batch.out_cache_loc.view(-1, tokens))
+        table, lens = ancestors_of(visible_BSS, forward_batch.out_cache_loc.view(-1, tokens)[: len(visible_BSS)])
         return TreeStep(
             tokens=tokens,
             context=DecodeStep(
@@ -156,7 +157,7 @@ class SGLangMLABackend(AttentionBackend):
     def _table(self, forward_batch, more: int = 0) -> torch.Tensor:
         """Block tables of a batch with `more` tokens a request than SGLang says."""
         longest = longest_of(forward_batch, otherwise=self.max_context_len) + more
-        return self.tables.make(forward_batch.req_pool_indices, longest)
+        return self.tables.make(forward_batch.req_pool_indices[: forward_batch.batch_size], longest)
 
     # Layers.
 

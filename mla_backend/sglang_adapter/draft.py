@@ -74,9 +74,10 @@ class MLAMultiStepDraft:
     def _decode_steps(self, forward_batch) -> list[DecodeStep]:
         """The steps' numbers; they share one block table."""
         first = self.attn_backends[0]
-        context_lens_B = forward_batch.seq_lens.to(torch.int32)
+        requests = slice(forward_batch.batch_size)
+        context_lens_B = forward_batch.seq_lens[requests].to(torch.int32)
         longest = longest_of(forward_batch, otherwise=first.max_context_len) + self._steps
-        rows_B = forward_batch.req_pool_indices
+        rows_B = forward_batch.req_pool_indices[requests]
         if self.topk == 1:
             table_BM = first.tables.make(rows_B, longest)
         else:
