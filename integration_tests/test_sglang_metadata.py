@@ -16,7 +16,7 @@ from sglang_kit import KitTest
 from mla_backend.sglang_adapter import NAME
 from mla_backend.sglang_adapter.backend import SGLangMLABackend
 from mla_backend.sglang_adapter.draft import MLAMultiStepDraft
-from mla_backend.sglang_adapter.metadata import PageTables, visible_in_tree
+from mla_backend.sglang_adapter.metadata import PageTables
 
 
 def fixture(mode=ForwardMode.DECODE, *, page_size=16, prefix_lens=(14, 15, 16), extend_lens=()):
@@ -124,16 +124,75 @@ def test_each_draft_step_sees_its_branch(topk, page_size):
 
 
 def test_trees_of_a_batch_that_is_padded_for_a_graph():
-    """SGLang's mask covers the requests of the batch; those that pad it have a context of one token."""
+    """SGLang pads lengths, with contexts of one token, but neither mask nor slots; its trees stay what they were."""
     visible = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]], dtype=torch.bool)
-    context = torch.tensor([4, 2])
-    mask = torch.cat(
-        [torch.cat([torch.ones(3, n, dtype=torch.bool), v], 1).flatten() for n, v in zip(context, visible, strict=True)]
+    masks = [torch.cat([torch.ones(3, n, dtype=torch.bool), v], 1) for n, v in zip((4, 2), visible, strict=True)]
+    backend = fixture(ForwardMode.TARGET_VERIFY, prefix_lens=(4, 2, 1, 1), extend_lens=(3,) * 4).backend
+    backend.init_cuda_graph_state(4, 12)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.TARGET_VERIFY,
+        batch_size=4,
+        seq_lens=torch.tensor([4, 2, 1, 1]),
+        seq_lens_cpu=None,
+        req_pool_indices=torch.tensor([1, 0, 0, 0]),
+        out_cache_loc=torch.tensor([40, 41, 42, 50, 51, 52]),
+        spec_info=SimpleNamespace(custom_mask=torch.cat([mask.flatten() for mask in masks]), topk=2),
     )
-    assert torch.equal(visible_in_tree(mask, context, 3), visible)
-    padded = visible_in_tree(mask, torch.tensor([4, 2, 1, 1]), 3)
-    assert torch.equal(padded[:2], visible)
-    assert padded.shape == (4, 3, 3)
+    backend.init_forward_metadata_out_graph(batch)
+    step = backend.forward_metadata
+    assert step.num_queries == 12
+    assert step.context.seq_lens_B.tolist() == [4, 2, 1, 1]
+    seen = [row[:n] for row, n in zip(step.ancestors.block_table_BM.tolist(), step.ancestors.seq_lens_B, strict=True)]
+    assert seen[:6] == [[40], [40, 41], [40, 42], [50], [50, 51], [50, 51, 52]]
+    assert all(slot == 0 for row in seen[6:] for slot in row)
+
+
+def test_lengths_of_the_host_that_may_be_old():
+    """A backend that does without them gets an old buffer from some versions, not None."""
+    made = fixture(page_size=16, prefix_lens=(30, 20, 10))
+    made.forward_batch.seq_lens_cpu = torch.tensor([1, 1, 1])
+    assert not made.backend.needs_cpu_seq_lens
+    torch.testing.assert_close(mla.run_mla_fixture_eager(made), mla.expected_mla_fixture_output(made))
+
+
+def test_tokens_that_pad_a_batch_after_it_was_planned():
+    """Data-parallel attention: as many tokens on each rank; the surplus gets zeros."""
+    made = fixture(page_size=16)
+    with torch.no_grad(), forward_context(ForwardContext(attn_backend=made.backend)):
+        made.backend.init_forward_metadata(made.forward_batch)
+        layer = made.actual_module.attn_mqa
+        q = torch.randn(3, layer.tp_q_head_num * layer.head_dim)
+        alone = made.backend.forward_decode(q, None, None, layer, made.forward_batch)
+        padded = made.backend.forward_decode(
+            torch.cat([q, torch.randn(2, q.shape[1])]), None, None, layer, made.forward_batch
+        )
+    torch.testing.assert_close(padded[:3], alone)
+    assert padded[3:].count_nonzero() == 0
+    assert len(padded) == 5
+
+
+def test_rope_of_no_width_that_comes_apart():
+    made = fixture(page_size=16)
+    layer, cache = made.actual_module.attn_mqa, made.runner.token_to_kv_pool.get_key_buffer(0)
+    q, new = torch.randn(3, layer.tp_q_head_num, layer.head_dim), torch.randn(3, 1, layer.head_dim)
+    none = {"q_rope": q.new_empty(3, layer.tp_q_head_num, 0), "k_rope": q.new_empty(3, 1, 0)}
+    made.backend.init_forward_metadata(made.forward_batch)
+    made.backend.forward_decode(q, new, new, layer, made.forward_batch, **none)
+    assert torch.equal(cache[made.forward_batch.out_cache_loc], new)
+
+
+def test_full_graphs_of_a_prefill_are_refused():
+    made = fixture(ForwardMode.EXTEND, prefix_lens=(4,), extend_lens=(2,))
+    made.backend.init_cuda_graph_state(1, 2)
+    with pytest.raises(NotImplementedError, match="--cuda-graph-backend-prefill"):
+        made.backend.init_forward_metadata_out_graph(made.forward_batch, in_capture=True)
+
+
+def test_scratch_of_drafts_counts_branches():
+    made = fixture(page_size=1)
+    draft = MLAMultiStepDraft(made.runner, 3, 4)
+    rows = made.runner.req_to_token_pool.req_to_token.shape[0]
+    assert {backend._reserved for backend in draft.attn_backends} == {3 * rows}
 
 
 def test_draft_steps_for_graphs():

@@ -25,6 +25,11 @@ class DecodeStep:
     query_len: int
     query_start_B1: torch.Tensor | None = None
 
+    @property
+    def num_queries(self) -> int | None:
+        """Query tokens of the step; None where only the device knows."""
+        return None if self.query_start_B1 is not None else len(self.seq_lens_B) * self.query_len
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContextChunk:

@@ -27,6 +27,10 @@ class TreeStep:
     context: DecodeStep
     ancestors: DecodeStep
 
+    @property
+    def num_queries(self) -> int:
+        return len(self.context.seq_lens_B) * self.tokens
+
 
 def ancestors_of(visible_BSS: torch.Tensor, slots_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Block tables over pages of one token, and lengths, of what each token of each tree sees of its tree.

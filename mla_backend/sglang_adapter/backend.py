@@ -16,7 +16,6 @@ from mla_backend.sglang_adapter.metadata import (
     PageTables,
     extend_metadata,
     is_tree,
-    longest_of,
     visible_in_tree,
 )
 from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem
@@ -54,14 +53,14 @@ class SGLangMLABackend(AttentionBackend):
         self._graph, self._scratch, self._reserved = None, None, 0
         requests = self.req_to_token_pool.req_to_token.shape[0]
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
-        self._reserve(requests)
+        self.reserve(requests)
         long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
         _say_once(
             f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
             f"request in latent space: {long}"
         )
 
-    def _reserve(self, requests: int) -> None:
+    def reserve(self, requests: int) -> None:
         """Decode scratch for so many requests, the same in every layer and step. What is enough stays where it is."""
         if requests <= self._reserved:
             return
@@ -96,7 +95,7 @@ class SGLangMLABackend(AttentionBackend):
         self._graph = GraphBuffers(
             max_bs, self._draft_tokens, self.tables.most_pages, self.req_to_token_pool.req_to_token.device
         )
-        self._reserve(max_bs)
+        self.reserve(max_bs)
         logger.info(
             "mla_backend: %.1f MiB of block tables for CUDA graphs of %d requests in pages of %d",
             self._graph.bytes / 2**20,
@@ -106,6 +105,11 @@ class SGLangMLABackend(AttentionBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch, in_capture: bool = False):
         """Before a graph is captured or replayed: bring its buffers up to date."""
+        if forward_batch.forward_mode.is_extend_without_speculative():
+            raise NotImplementedError(
+                "mla_backend attends to a prefill between the pieces of a graph, not in one: leave "
+                "--cuda-graph-backend-prefill out, or set --disable-prefill-cuda-graph"
+            )
         self.hold_for_graph(self._uniform_step(forward_batch, padded=True))
 
     def hold_for_graph(self, step: DecodeStep | TreeStep) -> None:
@@ -145,7 +149,10 @@ class SGLangMLABackend(AttentionBackend):
     def _tree_step(self, forward_batch) -> TreeStep:
         tokens, context_lens_B = self._draft_tokens, forward_batch.seq_lens[: forward_batch.batch_size]
         visible_BSS = visible_in_tree(forward_batch.spec_info.custom_mask, context_lens_B, tokens)
-        table, lens = ancestors_of(visible_BSS, forward_batch.out_cache_loc.view(-1, tokens)[: len(visible_BSS)])
+        # In a batch that is padded for a graph SGLang pads lengths, but not slots; slot 0 is nobody's.
+        slots_T = forward_batch.out_cache_loc[: len(visible_BSS) * tokens]
+        slots_T = torch.nn.functional.pad(slots_T, (0, len(visible_BSS) * tokens - len(slots_T)))
+        table, lens = ancestors_of(visible_BSS, slots_T.view(-1, tokens))
         return TreeStep(
             tokens=tokens,
             context=DecodeStep(
@@ -156,8 +163,17 @@ class SGLangMLABackend(AttentionBackend):
 
     def _table(self, forward_batch, more: int = 0) -> torch.Tensor:
         """Block tables of a batch with `more` tokens a request than SGLang says."""
-        longest = longest_of(forward_batch, otherwise=self.max_context_len) + more
-        return self.tables.make(forward_batch.req_pool_indices[: forward_batch.batch_size], longest)
+        return self.tables.make(
+            forward_batch.req_pool_indices[: forward_batch.batch_size], self.longest(forward_batch) + more
+        )
+
+    def longest(self, forward_batch) -> int:
+        """Most cached tokens of any request, or that one can have: SGLang does not keep the host's lengths up to date
+        (0.5.14 and 0.5.15 hand over old ones) for a backend that says it does without."""
+        lens = forward_batch.seq_lens_cpu if self.needs_cpu_seq_lens else None
+        if lens is None or not len(lens):
+            return self.max_context_len
+        return int(lens[: forward_batch.batch_size].max())
 
     # Layers.
 
@@ -220,17 +236,23 @@ class SGLangMLABackend(AttentionBackend):
         return out_TNV.flatten(1)
 
     def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):
-        geometry = self.problem.geometry
-        q_latent_TNL, q_rope_TNR = self._split(q, q_rope, geometry.num_heads)
+        """Absorbed attention. With data-parallel attention SGLang pads tokens after requests were planned: rows behind
+        those of the step get zeros."""
+        q_latent_TNL, q_rope_TNR = self._split(q, q_rope, self.problem.geometry.num_heads)
+        rows = len(q_latent_TNL) if step.num_queries is None else step.num_queries
+        out_TNL = self._decode(q_latent_TNL[:rows], q_rope_TNR[:rows], layer, step).flatten(1)
+        padding = len(q_latent_TNL) - rows
+        return torch.nn.functional.pad(out_TNL, (0, 0, 0, padding)) if padding else out_TNL
+
+    def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TreeStep):
+        workspace = {}
         if isinstance(step, TreeStep):
-            trees = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
-            return trees.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step)[0].flatten(1)
-        if step.query_len <= self.problem.max_query_len:
-            attention, workspace = self._attention(scale=layer.scaling), self._scratch
+            attention = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
+        elif step.query_len <= self.problem.max_query_len:
+            attention, workspace = self._attention(scale=layer.scaling), {"workspace": self._scratch}
         else:
-            attention, workspace = self._long_attention(scale=layer.scaling), None
-        out_TNL, _ = attention.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step, workspace=workspace)
-        return out_TNL.flatten(1)
+            attention = self._long_attention(scale=layer.scaling)
+        return attention.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step, **workspace)[0]
 
     def _is_absorbed(self, layer) -> bool:
         geometry = self.problem.geometry
@@ -241,7 +263,8 @@ class SGLangMLABackend(AttentionBackend):
         """Latent and rotary parts of absorbed queries, or without heads of new keys, which come apart or as one."""
         geometry = self.problem.geometry
         if rope is not None:
-            return x.view(-1, *heads, geometry.kv_lora_rank), rope.reshape(-1, *heads, geometry.qk_rope_head_dim)
+            latent = x.view(-1, *heads, geometry.kv_lora_rank)
+            return latent, rope.reshape(len(latent), *heads, geometry.qk_rope_head_dim)
         return x.view(-1, *heads, geometry.latent_dim).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
 
     def _cache(self, layer) -> torch.Tensor:

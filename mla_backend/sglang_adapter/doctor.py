@@ -74,6 +74,7 @@ def _facts(arguments, model_config, device: Device):
     return Facts(
         model_config=model_config,
         arguments=arguments,
+        is_draft=False,
         is_mla=model_config.attention_arch == AttentionArch.MLA,
         dtype=model_config.dtype,
         kv_cache_dtype=own.get(cache_dtype, cache_dtype),

@@ -7,7 +7,6 @@ from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
 from mla_backend.sglang_adapter import NAME, compat
 from mla_backend.sglang_adapter.backend import SGLangMLABackend
-from mla_backend.sglang_adapter.metadata import longest_of
 from mla_backend.steps import DecodeStep
 
 
@@ -49,6 +48,8 @@ class MLAMultiStepDraft:
         self.topk, self._steps = topk, steps
         self.attn_backends = [SGLangMLABackend(runner) for _ in range(steps - 1)]
         self.needs_cpu_seq_lens = self.attn_backends[0].needs_cpu_seq_lens
+        # Each branch is a request of its own.
+        self.attn_backends[0].reserve(runner.req_to_token_pool.req_to_token.shape[0] * topk)
         self._share_scratch()
 
     def _share_scratch(self) -> None:
@@ -76,7 +77,7 @@ class MLAMultiStepDraft:
         first = self.attn_backends[0]
         requests = slice(forward_batch.batch_size)
         context_lens_B = forward_batch.seq_lens[requests].to(torch.int32)
-        longest = longest_of(forward_batch, otherwise=first.max_context_len) + self._steps
+        longest = first.longest(forward_batch) + self._steps
         rows_B = forward_batch.req_pool_indices[requests]
         if self.topk == 1:
             table_BM = first.tables.make(rows_B, longest)

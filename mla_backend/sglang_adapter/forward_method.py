@@ -13,9 +13,11 @@ from mla_kernels import MLAGeometry
 def take_over(model_config) -> None:
     """Let SGLang's models ask us, and hand us nope and rope parts of queries and keys without concatenating them.
 
-    A model that scales its queries by position gets the concatenation: SGLang applies that factor to it alone.
+    A model that scales its queries by position gets the concatenation: SGLang applies that factor to it alone. So does
+    its draft model, whatever that does: SGLang asks by our name, and one process has both.
     """
-    scales_queries = _scales_queries(model_config)
+    scaled_before = handlers.AttentionBackendRegistry.get_handler(NAME) is _absorbed
+    scales_queries = scaled_before or _scales_queries(model_config)
     handlers.AttentionBackendRegistry.register(NAME, _absorbed if scales_queries else _cheaper)
     if scales_queries and NAME in TAKES_ROPE_APART:
         TAKES_ROPE_APART.remove(NAME)

@@ -57,12 +57,6 @@ class PageTables:
         return slots_BRP.flatten(0, 1)
 
 
-def longest_of(forward_batch, *, otherwise: int) -> int:
-    """Most cached tokens of any request, from what the host knows; `otherwise` if it does not know."""
-    lens = forward_batch.seq_lens_cpu
-    return int(lens[: forward_batch.batch_size].max()) if lens is not None and len(lens) else otherwise
-
-
 @dataclass
 class ExtendMetadata:
     """A batch of requests that bring any number of new tokens: what either way of attending to it needs.

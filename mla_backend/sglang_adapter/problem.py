@@ -20,12 +20,14 @@ class Facts:
     """What decides whether and how a model is served: of a model runner, or of a server to come.
 
     model_config, arguments: SGLang's.  is_mla: whether SGLang serves it as MLA.
+    is_draft: whether it drafts for another model.
     heads: query heads of a rank.  draft_tokens: of a request, verified at once; 1 without speculative decoding.
     """
 
     model_config: object
     arguments: object
     is_mla: bool
+    is_draft: bool
     dtype: torch.dtype
     kv_cache_dtype: torch.dtype
     page_size: int
@@ -39,6 +41,7 @@ class Facts:
             model_config=runner.model_config,
             arguments=runner.server_args,
             is_mla=runner.use_mla_backend,
+            is_draft=runner.is_draft_worker,
             dtype=runner.dtype,
             kv_cache_dtype=runner.kv_cache_dtype,
             page_size=runner.page_size,
@@ -72,7 +75,8 @@ def text_config(model_config):
 
 def _refusals(facts: Facts):
     if not facts.is_mla:
-        yield f"it serves MLA models only, and SGLang takes this one for none; leave out --attention-backend {NAME}"
+        change = "name another --speculative-draft-attention-backend" if facts.is_draft else "leave the option out"
+        yield f"it serves MLA models only, and SGLang takes this one for none; {change}"
     missing = family_of(text_config(facts.model_config)).missing
     if missing:
         yield f"the model needs {missing}, and mla_backend has none yet"
@@ -85,6 +89,8 @@ def _refusals(facts: Facts):
     trees = (getattr(facts.arguments, "speculative_eagle_topk", None) or 1) > 1
     if trees and envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
         yield "it plans the verification of trees of draft tokens after them; unset SGLANG_ENABLE_OVERLAP_PLAN_STREAM"
+    if trees and facts.page_size > 1:
+        yield f"it drafts trees (--speculative-eagle-topk above 1) with --page-size 1 only, got {facts.page_size}"
 
 
 def _problems(facts: Facts) -> tuple[Problem, Problem]:
