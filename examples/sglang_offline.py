@@ -34,9 +34,9 @@ def main() -> None:
 
         model = str(make_checkpoint("models/tiny"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with sglang.Engine(
-        model_path=model, attention_backend="mla_backend", context_length=1024, **options(device)
-    ) as engine:
+    # SGLang's engine logs errors alone unless asked; "info" shows the line that says which kernels run.
+    ours = {"attention_backend": "mla_backend", "log_level": "info"}
+    with sglang.Engine(model_path=model, context_length=1024, **ours, **options(device)) as engine:
         answers = engine.generate(args.prompt, {"temperature": 0, "max_new_tokens": 24})
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"{prompt!r} -> {answer['text']!r}")

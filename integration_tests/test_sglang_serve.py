@@ -114,6 +114,7 @@ def run(example: str, *arguments, **env) -> tuple[int, str]:
 def test_offline_example(folder):
     status, shown = run("sglang_offline.py", folder)
     assert status == 0, shown[-4000:]
+    assert "mla_backend 0" in shown
     assert len(re.findall(r"""' -> (['"]).+\1$""", shown, re.MULTILINE)) == 3
 
 
