@@ -91,10 +91,10 @@ def test_a_model_without_mla(tmp_path, checkpoints):
 
 
 def doctor(*words, **env) -> dict:
-    """What `mla-backend doctor --engine sglang --json` finds, with its exit status."""
+    """What `mla-backend doctor --json` finds where SGLang is installed and vLLM is not, with its exit status."""
     code = "from mla_backend.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "doctor", "--engine", "sglang", "--json", *map(str, words)],
+        [sys.executable, "-c", code, "doctor", "--json", *map(str, words)],
         env={**os.environ, "TRITON_INTERPRET": "0", **env},
         capture_output=True,
         text=True,
@@ -125,8 +125,10 @@ def test_doctor(checkpoints):
         (["--kv-cache-dtype", "fp8_e4m3"], "it needs --kv-cache-dtype auto, got fp8_e4m3"),
         (["--no-such-option", "2"], "unrecognized arguments: --no-such-option 2"),
         (["--attention-backend", "fa3"], "these options choose fa3"),
+        (["--tp-size", "3"], "--tp-size must divide the model's 4 heads, got 3 ranks"),
+        (["--page-size", "0"], "page_size must be 1 token or more, got 0"),
     ],
-    ids=["fp8", "unknown-option", "other-backend"],
+    ids=["fp8", "unknown-option", "other-backend", "heads", "pages"],
 )
 def test_doctor_finds_faults(checkpoints, options, reason):
     found = doctor(checkpoints(), "--no-self-test", *options)

@@ -21,6 +21,8 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+        if found[package].endswith("+none"):  # a stand-in of stubs/, which other packages need for its name
+            found[package] = "not installed"
     return found
 
 

@@ -71,6 +71,11 @@ def _facts(arguments, model_config, device: Device):
     cache_dtype = arguments.kv_cache_dtype
     own = {"auto": model_config.dtype, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
     replicas = arguments.dp_size if getattr(arguments, "enable_dp_attention", False) else 1
+    ranks = arguments.tp_size // replicas
+    if model_config.num_attention_heads % ranks:
+        raise ValueError(
+            f"--tp-size must divide the model's {model_config.num_attention_heads} heads, got {ranks} ranks"
+        )
     return Facts(
         model_config=model_config,
         arguments=arguments,
@@ -78,9 +83,9 @@ def _facts(arguments, model_config, device: Device):
         is_mla=model_config.attention_arch == AttentionArch.MLA,
         dtype=model_config.dtype,
         kv_cache_dtype=own.get(cache_dtype, cache_dtype),
-        page_size=arguments.page_size or 1,
+        page_size=1 if arguments.page_size is None else arguments.page_size,
         device=device,
-        heads=model_config.num_attention_heads // (arguments.tp_size // replicas),
+        heads=model_config.num_attention_heads // ranks,
         draft_tokens=arguments.speculative_num_draft_tokens or 1,
     )
 
