@@ -9,19 +9,19 @@ or installed. `test_contract.py` compares the two.
 
 import argparse
 import ast
-import copy
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from contract_tables import BY_CALLS, BY_NAME, FIELDS_ELSEWHERE, OBJECTS, STAND_INS
+from contract_ast import call_shape, definitions, describe, dotted, stored_on_self
+from contract_engine import Engine
+from contract_tables import BY_CALLS, BY_NAME, OBJECTS, STAND_INS
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = Path(__file__).with_name("contract.json")
@@ -29,74 +29,7 @@ VERSIONS = {
     "vllm": ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0"),
     "sglang": tuple(f"0.5.{patch}" for patch in range(13, 24)),
 }
-ABSENT, UNRECORDED = "absent", "unrecorded"
-
-
-def dotted(node: ast.AST) -> str:
-    """`a.b().c` of a chain of attributes and calls; "" stands for anything else in it."""
-    if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    if isinstance(node, ast.Call):
-        return f"{dotted(node.func)}()"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def parameters(arguments: ast.arguments) -> str:
-    """`(self, x, *, y=...)`: without annotations, every default alike."""
-    arguments = copy.deepcopy(arguments)
-    arguments.defaults = [ast.Constant(...) for _ in arguments.defaults]
-    arguments.kw_defaults = [default and ast.Constant(...) for default in arguments.kw_defaults]
-    for argument in ast.walk(arguments):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    return f"({ast.unparse(arguments)})"
-
-
-def call_shape(call: ast.Call, but: Iterable[str] = ()) -> str:
-    """`(_, _, y=_)` of a call, without the keywords in `but`."""
-    words = ["*_" if isinstance(argument, ast.Starred) else "_" for argument in call.args]
-    words += [f"{keyword.arg}=_" if keyword.arg else "**_" for keyword in call.keywords if keyword.arg not in but]
-    return f"({', '.join(words)})"
-
-
-def describe(node: ast.AST | None, *, in_class: bool) -> str:
-    """What the contract says of a definition."""
-    if isinstance(node, ast.ClassDef):
-        return f"class {', '.join(map(ast.unparse, node.bases))}".strip()
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        marks = {dotted(mark).split(".")[-1] for mark in node.decorator_list}
-        if marks & {"property", "cached_property"}:
-            return "property"
-        kind = "method" if in_class else "function"
-        return f"{next(iter(marks & {'classmethod', 'staticmethod'}), kind)} {parameters(node.args)}"
-    return ABSENT if node is None else "module" if isinstance(node, ast.Module) else "name"
-
-
-def definitions(body: list[ast.stmt]) -> dict[str, ast.AST]:
-    """What statements define, also under `if`, `try` and `with`; a name from an import is its statement."""
-    found = {}
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            found[node.name] = node
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).split(".")[0]: node for alias in node.names}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-            stored = [n.id for n in names if isinstance(n.ctx, ast.Store)]
-            made_over = {n for n in stored if isinstance(found.get(n), ast.ClassDef)}  # the class says more
-            found |= dict.fromkeys(set(stored) - made_over, node)
-        elif isinstance(node, ast.If | ast.Try | ast.With):
-            parts = [getattr(node, part, []) for part in ("body", "orelse", "finalbody")]
-            parts += [handler.body for handler in getattr(node, "handlers", [])]
-            for part in reversed(parts):  # an except branch gives way to what it stands in for
-                found |= definitions(part)
-    return found
-
-
-def stored_on_self(node: ast.ClassDef) -> dict[str, ast.AST]:
-    attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-    return {n.attr: n for n in attributes if dotted(n.value) == "self"}
+UNRECORDED = "unrecorded"
 
 
 # What we use.
@@ -249,132 +182,6 @@ def uses_of(engine: str) -> list[Use]:
                 name, optional = f"{owner}.{attribute.rstrip('?')}", attribute.endswith("?")
                 uses.append(Use(name=name, place=f"{Path(__file__).name}: BY_NAME", optional=optional))
     return uses
-
-
-# What a version has.
-
-
-@dataclass(frozen=True)
-class Found:
-    """A definition, the name of its module, and whether a class holds it."""
-
-    node: ast.AST
-    module: str
-    in_class: bool = False
-
-
-class Engine:
-    """The source of one version."""
-
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.module = cache(self.module)
-
-    def module(self, name: str) -> ast.Module | None:
-        place = self.folder.joinpath(*name.split("."))
-        files = [p for p in (place.parent / f"{place.name}.py", place / "__init__.py") if p.is_file()]
-        return ast.parse(files[0].read_text()) if files else None
-
-    def find(self, name: str) -> Found | None:
-        """The definition of a dotted name, through imports and base classes."""
-        module, rest = name, []
-        while not self.module(module):
-            module, _, last = module.rpartition(".")
-            rest.insert(0, last)
-            if not module:
-                return None
-        return self._within(Found(self.module(module), module), rest)
-
-    def _within(self, found: Found | None, names: list[str]) -> Found | None:
-        for name in names:
-            found = found and self._member(found, name)
-        return found
-
-    def _member(self, found: Found, name: str) -> Found | None:
-        if isinstance(found.node, ast.Module):
-            return self._in_module(found, name)
-        if isinstance(found.node, ast.ClassDef):
-            return next(filter(None, (self._in_class(c, name) for c in self._with_bases(found))), None)
-        value = getattr(found.node, "value", None)
-        made_by = self._named(dotted(value.func), found.module) if isinstance(value, ast.Call) else None
-        return self._member(made_by, name) if made_by else found  # an object of unknown class: taken on trust
-
-    def _named(self, chain: str, module: str) -> Found | None:
-        return self._within(Found(self.module(module), module), chain.split("."))
-
-    def _in_module(self, found: Found, name: str) -> Found | None:
-        node = definitions(found.node.body).get(name)
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            source = self._source(node, name, found.module)
-            if source.split(".")[0] == self.name:
-                return self.find(source)
-        if node is None and self.module(f"{found.module}.{name}"):
-            return self.find(f"{found.module}.{name}")
-        return Found(node, found.module) if node else None
-
-    def _source(self, node: ast.Import | ast.ImportFrom, name: str, module: str) -> str:
-        """The full name of what is imported under `name`."""
-        original = next(a.name for a in node.names if (a.asname or a.name).split(".")[0] == name)
-        if isinstance(node, ast.Import):
-            return original
-        is_package = (self.folder.joinpath(*module.split(".")) / "__init__.py").is_file()
-        above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
-        return ".".join([*above, *filter(None, [node.module]), original])
-
-    def _with_bases(self, found: Found) -> Iterator[Found]:
-        yield found
-        for base in found.node.bases:
-            above = self._named(dotted(base.value if isinstance(base, ast.Subscript) else base), found.module)
-            if above and isinstance(above.node, ast.ClassDef):
-                yield from self._with_bases(above)
-
-    def _in_class(self, found: Found, name: str) -> Found | None:
-        node = (stored_on_self(found.node) | definitions(found.node.body)).get(name)
-        if node is None and name == "__init__" and "dataclass" in " ".join(map(ast.unparse, found.node.decorator_list)):
-            node = self._dataclass_init(found)
-        if node is None and "__getattr__" in definitions(found.node.body):  # it may have anything
-            node = ast.Pass()
-        return Found(node, found.module, in_class=True) if node else None
-
-    def _dataclass_init(self, found: Found) -> ast.FunctionDef:
-        fields = {}
-        for above in reversed(list(self._with_bases(found))):
-            for node in above.node.body:
-                if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
-                    value = ast.unparse(node.value) if node.value else ""
-                    optional = value and (not value.startswith("field(") or "default" in value)
-                    fields[node.target.id] = "=..." if optional else ""
-        words = ["self", *(name + default for name, default in fields.items())]
-        return ast.parse(f"def __init__({', '.join(words)}): pass").body[0]
-
-    def members(self, name: str) -> set[str]:
-        """What a class and those above it define or store in their objects."""
-        found = self.find(name)
-        classes = [above.node for above in self._with_bases(found)] if found else []
-        return {member for node in classes for member in stored_on_self(node) | definitions(node.body)}
-
-    def calls(self, method: str) -> str:
-        """Every form in which the engine calls a method of this name, but for calls of a parent's."""
-        texts = [path.read_text() for path in (self.folder / self.name).rglob("*.py")]
-        nodes = [node for text in texts if f".{method}(" in text for node in ast.walk(ast.parse(text))]
-        calls = [(node, dotted(node.func).split(".")) for node in nodes if isinstance(node, ast.Call)]
-        shapes = {call_shape(node) for node, chain in calls if chain[-1] == method and chain[0] != "super()"}
-        return f"calls {' | '.join(sorted(shapes))}" if shapes else ABSENT
-
-    @cache  # noqa: B019 - lives as long as the script
-    def _fields(self, folder: str) -> set[str]:
-        trees = [ast.parse(path.read_text()) for path in (self.folder / folder).rglob("*.py")]
-        classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
-        return {name for node in classes for name in definitions(node.body)}
-
-    def what_is(self, name: str) -> str:
-        if ".*." in name:
-            return self.calls(name.split(".")[-1])
-        owner, _, attribute = name.rpartition(".")
-        found = self.find(name)
-        if found is None and owner in FIELDS_ELSEWHERE and attribute in self._fields(FIELDS_ELSEWHERE[owner]):
-            return "name"
-        return describe(found.node, in_class=found.in_class) if found else ABSENT
 
 
 # The file.

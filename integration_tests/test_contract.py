@@ -9,16 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
+from contract_ast import ABSENT, call_shape
+from contract_tables import BY_CALLS, OBJECTS, STAND_INS
 from record_contract import (
-    ABSENT,
-    BY_CALLS,
-    OBJECTS,
     ROOT,
-    STAND_INS,
     UNRECORDED,
     VERSIONS,
     Use,
-    call_shape,
     is_hook,
     read,
     uses_in,

@@ -5,6 +5,7 @@ On a CPU our kernels in torch run, and with TRITON_INTERPRET=1 in the environmen
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ PLACE = default_place()
 LATENT = 32 if device_of(PLACE).kind == "cpu" and not interpreting() else 128  # the kit's own; Triton's smallest
 ROPES, LAYOUTS = (0, 16), ("contiguous", "shuffled_pages", "interleaved_pages")
 
+attention = partial(mla.run_mla_attention_case, device=PLACE, dtype=torch.float32)
+
 
 def cases():
     return [pytest.param(case, id=case.name) for case in mla.make_mla_cases(NAME)]
@@ -33,38 +36,20 @@ def cases():
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("case", cases())
 def test_attention(case, rope, layout):
-    mla.run_mla_attention_case(
-        KitTest(),
-        case,
-        device=PLACE,
-        dtype=torch.float32,
-        kv_lora_rank=LATENT,
-        qk_rope_head_dim=rope,
-        loc_layout=layout,
-    )
+    attention(KitTest(), case, kv_lora_rank=LATENT, qk_rope_head_dim=rope, loc_layout=layout)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("case", cases())
 def test_attention_of_real_width(case, heads):
     """Also with the one head that tensor parallelism may leave to a rank."""
-    case = replace(case, num_heads=heads)
-    mla.run_mla_attention_case(
-        KitTest(), case, device=PLACE, dtype=torch.float32, kv_lora_rank=512, qk_rope_head_dim=64
-    )
+    attention(KitTest(), replace(case, num_heads=heads), kv_lora_rank=512, qk_rope_head_dim=64)
 
 
 def test_scattered_new_tokens():
     """New tokens of a request lie anywhere. (With larger pages they cannot: whole pages are handed out.)"""
     case = replace(mla.make_mla_cases(NAME)[0], page_size=1, prefix_lens=(8, 13), extend_lens=(5, 3))
-    mla.run_mla_attention_case(
-        KitTest(),
-        case,
-        device=PLACE,
-        dtype=torch.float32,
-        kv_lora_rank=LATENT,
-        loc_layout="non_monotonic_extend",
-    )
+    attention(KitTest(), case, kv_lora_rank=LATENT, loc_layout="non_monotonic_extend")
 
 
 @pytest.mark.parametrize(("draft_tokens", "topk"), [(3, 1), (5, 1), (3, 2)])

@@ -106,11 +106,19 @@ class MLAAttention:
         up_project: latent [S, L] to expanded [S, N, P + V]. Keys are never concatenated: nope part and value are views
         of its result, the rotary key is one row for all heads.
         """
+        keys = self._expand(up_project(kv_latent_TL), k_rope_TR)
+        return self.prefill_expanded(q_TNQ, *keys, cache_AGK, step, up_project=up_project, out_TNV=out_TNV)
+
+    def prefill_expanded(
+        self, q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, cache_AGK, step: PrefillStep, *, up_project, out_TNV
+    ) -> torch.Tensor:
+        """As `prefill`, for new tokens whose keys and values somebody has expanded."""
         lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
-        self._attend_expanded(
+        self.attend(
             q_TNQ,
-            up_project(kv_latent_TL),
-            k_rope_TR,
+            k_nope_TNP,
+            k_rope_TNR,
+            v_TNV,
             step.query_start_B1,
             step.query_start_B1,
             max_query_len=step.max_query_len,
@@ -118,11 +126,6 @@ class MLAAttention:
             out_TNV=out_TNV,
             lse_TN=lse_TN,
         )
-        self.attend_context(q_TNQ, cache_AGK, step, up_project=up_project, out_TNV=out_TNV, lse_TN=lse_TN)
-        return out_TNV
-
-    def attend_context(self, q_TNQ, cache_AGK, step: PrefillStep, *, up_project, out_TNV, lse_TN) -> None:
-        """Fold the step's cached context into `out_TNV` and `lse_TN`, which hold attention among its new tokens."""
         latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
             rows_SK = step.gather_buffer_SK[: chunk.num_keys]
@@ -135,19 +138,19 @@ class MLAAttention:
                 rows_SK,
                 max_key_len=chunk.max_key_len,
             )
-            part = self._attend_expanded(
+            part = self.attend(
                 q_TNQ[chunk.tokens],
-                up_project(rows_SK[:, :latent]),
-                rows_SK[:, latent:],
+                *self._expand(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
                 chunk.query_start_B1,
                 chunk.key_start_B1,
                 max_query_len=chunk.max_query_len,
                 causal=False,
             )
             self.merge(out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
+        return out_TNV
 
-    def _attend_expanded(self, q_TNQ, kv_SNX, k_rope_SR, query_start_B1, key_start_B1, **options):
+    def _expand(self, kv_SNX, k_rope_SR):
+        """Nope part of the keys, their rotary part, the same for all heads, and values: views all."""
         geometry = self.problem.geometry
         k_nope, v = kv_SNX.split([geometry.qk_nope_head_dim, geometry.v_head_dim], -1)
-        k_rope = k_rope_SR[:, None].expand(-1, geometry.num_heads, -1)
-        return self.attend(q_TNQ, k_nope, k_rope, v, query_start_B1, key_start_B1, **options)
+        return k_nope, k_rope_SR[:, None].expand(-1, geometry.num_heads, -1), v

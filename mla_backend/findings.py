@@ -1,5 +1,8 @@
 """What an examination of this machine (mla_backend/doctor) finds, and what is known when it ends."""
 
+import contextlib
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -36,9 +39,27 @@ class Examination:
     def fault(self, what: str, change: str = "") -> None:
         self.findings.append(Finding(level="fault", what=what, change=change))
 
+    def cannot_import(self, engine: str, error: Exception) -> None:
+        self.fault(f"{engine} cannot be imported: {type(error).__name__}: {error!s:.300}", f"reinstall {engine}")
+
+    def does_not_take(self, engine: str, model: str, error: Exception) -> None:
+        reason = " ".join(str(error).strip().splitlines()) or "no reason given"
+        self.fault(f"{engine} does not take {model}: {type(error).__name__}: {reason[:400]}")
+
     @property
     def could_serve(self) -> bool:
         return all(finding.level != "fault" for finding in self.findings)
+
+
+@contextlib.contextmanager
+def parser_errors() -> Iterator[None]:
+    """Make the exit of a command line's parser a ValueError with the reason that it printed."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            yield
+        except SystemExit:
+            last = (said.getvalue().strip().splitlines() or ["its parser gives no reason"])[-1]
+            raise ValueError(last.partition("error: ")[2] or last) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def plan(
     if plot:
         need_matplotlib()
     from mla_backend.plan.estimate import GIB, Gpus, rows
-    from mla_backend.plan.kernels import kernels
+    from mla_backend.plan.kernels import PAGE, kernels
     from mla_backend.plan.model import load
 
     try:
@@ -92,7 +92,7 @@ def plan(
 
     console = Console(width=120, highlight=False)
     console.print(table(model, gpus, found, context))
-    console.print(f"On {gpu}, bf16, pages of 64:")
+    console.print(f"On {gpu}, bf16, pages of {PAGE}:")
     for operation, kernel in chosen.items():
         console.print(f"  {operation}: {kernel}")
     if not gpus.weight_bytes:

@@ -19,7 +19,7 @@ def register() -> None:
     for message in compat.warnings():
         logger.warning(message)
     register_attention_backend(NAME)(create)
-    compat.add_choices(NAME)
+    compat.add_choices()
 
 
 def create(runner):

@@ -1,6 +1,5 @@
 """Attention of SGLang's MLA layers: translate the call, hand over to `MLAAttention`."""
 
-import logging
 from functools import cache, partial
 from importlib.metadata import version
 
@@ -9,7 +8,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
-from mla_backend.sglang_adapter import NAME, compat
+from mla_backend.sglang_adapter import NAME, compat, logger
 from mla_backend.sglang_adapter.graphs import GraphBuffers
 from mla_backend.sglang_adapter.metadata import (
     ExtendMetadata,
@@ -21,8 +20,6 @@ from mla_backend.sglang_adapter.metadata import (
 from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem
 from mla_backend.steps import DecodeStep
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
-
-logger = logging.getLogger("sglang.mla_backend")
 
 SHORT_TABLE_PAGE = 16  # tokens a page, from which on a block table of the longest request costs nothing to copy
 CONTEXT_CHUNK = 16384  # rows of cached context that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in bf16
@@ -219,20 +216,9 @@ class SGLangMLABackend(AttentionBackend):
             attention.prefill(q_TNQ, *latent, self._cache(layer), step, **cached)
         else:
             k_SNQ = k.view(-1, geometry.num_heads, geometry.qk_head_dim)
-            lse_TN = torch.full(q_TNQ.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-            attention.attend(
-                q_TNQ,
-                k_SNQ[..., : geometry.qk_nope_head_dim],
-                k_SNQ[..., geometry.qk_nope_head_dim :],
-                v.view(-1, geometry.num_heads, geometry.v_head_dim),
-                step.query_start_B1,
-                step.query_start_B1,
-                max_query_len=step.max_query_len,
-                causal=True,
-                out_TNV=out_TNV,
-                lse_TN=lse_TN,
-            )
-            attention.attend_context(q_TNQ, self._cache(layer), step, lse_TN=lse_TN, **cached)
+            k_nope, k_rope = k_SNQ.split([geometry.qk_nope_head_dim, geometry.qk_rope_head_dim], -1)
+            v_SNV = v.view(-1, geometry.num_heads, geometry.v_head_dim)
+            attention.prefill_expanded(q_TNQ, k_nope, k_rope, v_SNV, self._cache(layer), step, **cached)
         return out_TNV.flatten(1)
 
     def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):

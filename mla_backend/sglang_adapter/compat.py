@@ -1,9 +1,12 @@
 """Every difference between the SGLang versions that we serve, and every workaround for one of them."""
 
+import inspect
 from collections.abc import Iterator
 
 import torch
 from packaging.version import Version
+
+from mla_backend.sglang_adapter import NAME
 
 FIRST, LAST = "0.5.13", "0.5.23"
 
@@ -20,8 +23,8 @@ def warnings() -> Iterator[str]:
         )
 
 
-def add_choices(name: str) -> None:
-    """Let SGLang's options for target and draft models take `name`.
+def add_choices() -> None:
+    """Let SGLang's options for target and draft models take our name.
 
     Why: SGLang's own functions for this append, and a name that is added twice is listed twice; the list for draft
     models came with 0.5.19.
@@ -30,8 +33,8 @@ def add_choices(name: str) -> None:
 
     for choices in ("ATTENTION_BACKEND_CHOICES", "DRAFT_ATTENTION_BACKEND_CHOICES"):
         known = getattr(server_args, choices, None)
-        if known is not None and name not in known:
-            known.append(name)
+        if known is not None and NAME not in known:
+            known.append(NAME)
 
 
 def attention_ranks() -> int:
@@ -99,8 +102,4 @@ def draft_backend(create, backend):
     create: the method of SGLang's factory that calls it.
     Why: since 0.5.18 the name comes with the backend, and that method gained an option at the same time.
     """
-    import inspect
-
-    from mla_backend.sglang_adapter import NAME
-
     return (NAME, backend) if "stamps_children" in inspect.signature(create).parameters else backend

@@ -1,12 +1,10 @@
 """What `mla-backend doctor` asks SGLang: whether it has us, and what it would make of a model."""
 
-import contextlib
-import io
 import pathlib
 
 import torch
 
-from mla_backend.findings import Examination, Server
+from mla_backend.findings import Examination, Server, parser_errors
 from mla_backend.models import family_of, layers_or_none, weight_bytes
 from mla_backend.sglang_adapter import NAME, compat
 from mla_kernels import Device
@@ -25,7 +23,7 @@ def check_registration(result: Examination, device: Device) -> bool:
 
         load_plugins()
     except Exception as error:  # whatever a broken installation raises
-        result.fault(f"SGLang cannot be imported: {type(error).__name__}: {error!s:.300}", "reinstall SGLang")
+        result.cannot_import("SGLang", error)
         return False
     for message in compat.warnings():
         result.warn(message)
@@ -43,12 +41,8 @@ def _arguments(model: str, options: list[str]):
 
     named = any(word.split("=")[0] == "--attention-backend" for word in options)
     chosen = [] if named else ["--attention-backend", NAME]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            return prepare_server_args(["--model-path", model, "--skip-tokenizer-init", *chosen, *options])
-        except SystemExit:
-            last = (said.getvalue().strip().splitlines() or ["its parser gives no reason"])[-1]
-            raise ValueError(last.partition("error: ")[2] or last) from None
+    with parser_errors():
+        return prepare_server_args(["--model-path", model, "--skip-tokenizer-init", *chosen, *options])
 
 
 def _check_choice(result: Examination, arguments) -> None:
@@ -100,8 +94,7 @@ def server(result: Examination, model: str, options: list[str], device: Device) 
         arguments = _arguments(model, options)
         model_config = ModelConfig.from_server_args(arguments)
     except Exception as error:  # whatever SGLang says to a model or an option
-        reason = str(error).strip().splitlines() or ["no reason given"]
-        result.fault(f"SGLang does not take {model}: {type(error).__name__}: {' '.join(reason)[:400]}")
+        result.does_not_take("SGLang", model, error)
         return None
     _check_choice(result, arguments)
     hf_config = text_config(model_config)

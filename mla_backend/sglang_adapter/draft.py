@@ -13,8 +13,7 @@ from mla_backend.steps import DecodeStep
 def take_over() -> None:
     """Let SGLang's factory of draft backends make ours; its two lists of names are fixed, and have no place to add to.
 
-    Both lists pass through one method: the one for single draft steps knows backends of several steps, by which we
-    tell them apart.
+    Both lists pass through one method, which we wrap.
     """
     original = DraftBackendFactory._create_backend
     if hasattr(original, "__wrapped__"):

@@ -9,6 +9,8 @@ from mla_backend.sglang_adapter.problem import text_config
 from mla_backend.steps import expanding_is_cheaper
 from mla_kernels import MLAGeometry
 
+_EXPANDS = "mla_backend_expands"  # what a batch keeps of our choice
+
 
 def take_over(model_config) -> None:
     """Let SGLang's models ask us, and hand us nope and rope parts of queries and keys without concatenating them.
@@ -36,9 +38,16 @@ def _absorbed(attention, forward_batch) -> AttnForwardMethod:
 def _cheaper(attention, forward_batch) -> AttnForwardMethod:
     """Expanded for a plain extend that multiplies less that way. Our backend attends to cached context by itself, so
     SGLang's plain method serves requests with a cached prefix too."""
-    absorbed = _absorbed(attention, forward_batch)
-    if not forward_batch.forward_mode.is_extend_without_speculative() or compat.is_captured_prefill(handlers):
-        return absorbed
+    if forward_batch.forward_mode.is_extend_without_speculative() and not compat.is_captured_prefill(handlers):
+        known = vars(forward_batch)
+        if _EXPANDS not in known:  # all layers ask, and it is the same for all
+            known[_EXPANDS] = _expands(attention, forward_batch)
+        if known[_EXPANDS]:
+            return AttnForwardMethod.MHA
+    return _absorbed(attention, forward_batch)
+
+
+def _expands(attention, forward_batch) -> bool:
     geometry = MLAGeometry(
         num_heads=attention.num_local_heads,
         kv_lora_rank=attention.kv_lora_rank,
@@ -46,5 +55,4 @@ def _cheaper(attention, forward_batch) -> AttnForwardMethod:
         qk_rope_head_dim=attention.qk_rope_head_dim,
         v_head_dim=attention.v_head_dim,
     )
-    lens = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
-    return AttnForwardMethod.MHA if expanding_is_cheaper(geometry, *lens) else absorbed
+    return expanding_is_cheaper(geometry, forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu)

@@ -25,26 +25,19 @@ class PageTables:
     def most_pages(self) -> int:
         return -(-self._slots.shape[1] // self._page_size)
 
-    def fill(self, table_BM: torch.Tensor, rows_B: torch.Tensor) -> None:
-        """Write the first M pages of the requests in `rows_B` of SGLang's pool."""
-        first_slots = self._slots[:, : table_BM.shape[1] * self._page_size : self._page_size]
-        pages_BM = first_slots.index_select(0, rows_B)
+    def make(self, rows_B: torch.Tensor, longest: int) -> torch.Tensor:
+        """New block tables of the requests in `rows_B` of SGLang's pool, wide enough for `longest` tokens each."""
+        tokens = min(max(longest, 1), self._slots.shape[1])
+        pages_BM = self._slots[:, : tokens : self._page_size].index_select(0, rows_B)
         if self._page_size > 1:
             pages_BM //= self._page_size
-        table_BM.copy_(pages_BM)
-
-    def make(self, rows_B: torch.Tensor, longest: int) -> torch.Tensor:
-        """New block tables, wide enough for requests of `longest` tokens."""
-        pages = min(max(1, -(-longest // self._page_size)), self.most_pages)
-        table_BM = rows_B.new_empty((len(rows_B), pages), dtype=torch.int32)
-        self.fill(table_BM, rows_B)
-        return table_BM
+        return pages_BM
 
     def make_branches(self, rows_B, context_lens_B, longest: int, *, branches: int, tokens: int) -> torch.Tensor:
         """New block tables of the branches of drafts: each request's context, then `tokens` tokens of one branch.
 
-        Tokens of all branches follow the context one branch after another, so a page must be one token. SGLang refuses
-        larger ones for more than one branch, unless a backend is on its list.
+        Tokens of all branches follow the context one branch after another, so a page must be one token: `make_problem`
+        refuses larger ones.
         """
         assert self._page_size == 1
         position_P = torch.arange(min(longest, self.most_pages), device=rows_B.device)

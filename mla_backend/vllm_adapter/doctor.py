@@ -1,10 +1,8 @@
 """What `mla-backend doctor` asks vLLM: whether it has us, and what it would make of a model."""
 
-import contextlib
-import io
 import pathlib
 
-from mla_backend.findings import Examination, Server
+from mla_backend.findings import Examination, Server, parser_errors
 from mla_backend.models import family_of, layers_or_none, weight_bytes
 from mla_backend.vllm_adapter import BACKEND, CPU_PLATFORM, NAME, PREFILL_BACKEND, compat
 from mla_kernels import Device
@@ -23,7 +21,7 @@ def check_registration(result: Examination, device: Device) -> bool:
 
         load_general_plugins()
     except Exception as error:  # whatever a broken installation raises
-        result.fault(f"vLLM cannot be imported: {type(error).__name__}: {error!s:.300}", "reinstall vLLM")
+        result.cannot_import("vLLM", error)
         return False
     for message in compat.warnings():
         result.warn(message)
@@ -56,12 +54,8 @@ def _config(model: str, options: list[str]):
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     words = ["--model", model, "--attention-backend", "CUSTOM", "--skip-tokenizer-init", *options]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            parsed = parser.parse_args(words)
-        except SystemExit:
-            last = (said.getvalue().strip().splitlines() or ["its parser gives no reason"])[-1]
-            raise ValueError(last.partition("error: ")[2] or last) from None
+    with parser_errors():
+        parsed = parser.parse_args(words)
     return EngineArgs.from_cli_args(parsed).create_engine_config()
 
 
@@ -87,8 +81,7 @@ def server(result: Examination, model: str, options: list[str], device: Device) 
     try:
         config = _config(model, options)
     except Exception as error:  # whatever vLLM says to a model or an option
-        reason = str(error).strip().splitlines() or ["no reason given"]
-        result.fault(f"vLLM does not take {model}: {type(error).__name__}: {' '.join(reason)[:400]}")
+        result.does_not_take("vLLM", model, error)
         return None
     _check_choice(result, config.attention_config)
     model_config, cache = config.model_config, config.cache_config

@@ -1,2 +1,3 @@
-from torchvision import __getattr__  # noqa: F401: any other name
-from torchvision.transforms.functional import InterpolationMode  # noqa: F401
+# This one, and any other name.
+from torchvision import __getattr__
+from torchvision.transforms.functional import InterpolationMode

@@ -1,1 +1,2 @@
-from torchvision import __getattr__  # noqa: F401: any name
+# Any name.
+from torchvision import __getattr__

@@ -1,1 +1,2 @@
-from torchvision.transforms.functional import InterpolationMode, __getattr__  # noqa: F401
+# The same names as in the first version.
+from torchvision.transforms.functional import InterpolationMode, __getattr__
