@@ -164,10 +164,15 @@ def test_a_mistake_is_exit_status_1(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "tensor_parallel", "decode"),
     [
-        ("sm_90", 1, "triton_splitkv"),
+        ("sm_90", 1, "gluon_sm90"),
+        ("sm_80", 1, "triton_splitkv (not gluon_sm90: needs sm_90, got sm_80)"),
         ("gfx942", 8, "triton_splitkv"),
-        ("cpu", 1, "torch_decode (not triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu)"),
-        ("sm_75", 1, "none: triton_splitkv: needs sm_80 or newer, got sm_75 torch_decode: runs on CPU tensors"),
+        ("cpu", 1, "torch_decode (not gluon_sm90: needs sm_90, got cpu; triton_splitkv: needs a GPU (or "),
+        (
+            "sm_75",
+            1,
+            "none: gluon_sm90: needs sm_90, got sm_75 triton_splitkv: needs sm_80 or newer, got sm_75 torch",
+        ),
     ],
 )
 def test_kernels_of_an_architecture(v3, monkeypatch, architecture, tensor_parallel, decode):

@@ -75,9 +75,7 @@ class Kernel:
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
-        # gluon_sm90 is faster on Hopper, but its two kernels have not run on a GPU in their present forms. Until
-        # test_gpu_gluon_sm90.py and test_vllm_gpu.py have, only its name selects it; then put it first.
-        "decode": ("decode.triton_splitkv", "decode.torch_decode", "decode.gluon_sm90"),
+        "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.torch_decode"),
         "prefill": ("prefill.triton_ragged", "prefill.torch_prefill"),
         "cache_write": ("cache.triton_write", "cache.torch_write"),
         "cache_gather": ("cache.triton_gather", "cache.torch_gather"),
