@@ -5,6 +5,26 @@ from pathlib import Path
 H200_CSV = Path(__file__).parents[1] / "kernels/benchmarks/results/h200_decode.csv"
 FACTS = {"date": "2026-11-22", "gpu": "a GPU", "torch": "2", "triton": "3"}
 
+TINY_MODEL = {  # what differs from the model of `bench engine`, for engines on a CPU
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "vocab_size": 2000,
+    "num_hidden_layers": 1,
+    "rope_scaling": {  # SGLang on a CPU serves no other
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+
 
 def row(ours: float, case: str = "even", tokens: int = 1024, **times: float) -> dict:
     """A row of 4 requests with our microseconds and those of the peers named."""

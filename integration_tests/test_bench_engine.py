@@ -5,18 +5,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from bench_rows import FACTS, TINY_MODEL
 
 pytest.importorskip("vllm")
 
-from mla_backend.bench import engine
+from mla_backend.bench import engine, vllm_engine
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.report import engine_table
 from mla_backend.bench.results import write_csv
 
-TINY = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2}
-TINY |= {"num_key_value_heads": 2, "n_routed_experts": 8, "vocab_size": 2000, "num_hidden_layers": 1}
-EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY, workloads=((2, 64), (1, 128)))
-FACTS = {"date": "2026-01-02", "gpu": "a CPU", "torch": "2", "triton": "3"}
+EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY_MODEL, workloads=((2, 64), (1, 128)))
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +40,8 @@ def test_steps_of_a_real_engine(tmp_path, capfd):
     assert all(0.1 < row["step_ms"] < 1000 for row in rows)
     write_csv(rows, tmp_path / "steps.csv", engine.COLUMNS)
     header, first, _ = (tmp_path / "steps.csv").read_text().splitlines()
-    assert header == "date,gpu,torch,triton,vllm,backend,layers,requests,tokens,step_ms"
-    assert first.startswith("2026-01-02,a CPU,2,3,")
+    assert header == "date,gpu,torch,triton,engine,backend,layers,requests,tokens,step_ms"
+    assert first.startswith("2026-11-22,a GPU,2,3,vLLM ")
 
 
 def test_engine_that_does_not_start(capfd):
@@ -91,12 +89,19 @@ def test_requests_that_did_not_run_together_are_no_measurement():
     )
     llm = SimpleNamespace(llm_engine=small, generate=lambda *_, **__: None)
     with pytest.raises(BenchmarkError, match="2 requests were to run together"):
-        engine.step_ms(llm, 2, 64)
+        vllm_engine.step_ms(llm, EXPERIMENT, 2, 64)
 
 
 def test_table():
     def row(backend, tokens, ms):
-        return FACTS | {"vllm": "0", "backend": backend, "layers": 1, "requests": 2, "tokens": tokens, "step_ms": ms}
+        return FACTS | {
+            "engine": "vLLM 0",
+            "backend": backend,
+            "layers": 1,
+            "requests": 2,
+            "tokens": tokens,
+            "step_ms": ms,
+        }
 
     table = engine_table([row("CUSTOM", 64, 2.0), row("FLASHMLA", 64, 3.0), row("CUSTOM", 8, 1), row("FLASHMLA", 8, 1)])
     assert [list(column.cells) for column in table.columns] == [

@@ -2,7 +2,7 @@
 
 import importlib
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -104,24 +104,29 @@ def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
 
 @bench.command()
 def engine(
+    host: Annotated[
+        Literal["vllm", "sglang"], typer.Option("--engine", help="Whose engine. SGLang's times hold its scheduler's.")
+    ] = "vllm",
     backends: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAMES",
-            help="vLLM's names of attention backends, with commas between; CUSTOM is ours, and CUSTOM:NAME ours with "
-            "the decode kernel of that name.",
+            help="The engine's names of attention backends, with commas between. Ours is CUSTOM in vLLM and "
+            "mla_backend in SGLang, with :NAME behind it for one of our decode kernels.",
+            show_default="ours and the engine's own for Hopper",
         ),
-    ] = "CUSTOM,FLASHMLA,FLASH_ATTN_MLA",
+    ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,
     csv: Annotated[pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows.")] = None,
 ) -> None:
-    """Time decode steps of vLLM with a model of DeepSeek-V2-Lite's shape and random weights, a process a backend."""
+    """Time decode steps of an engine, a model of DeepSeek-V2-Lite's shape and random weights, a process a backend."""
     from mla_backend.bench import engine as benchmark
     from mla_backend.bench.results import write_csv
 
-    engines = [benchmark.Engine.parse(name) for name in backends.split(",")]
+    engines = [benchmark.Engine.parse(name) for name in (backends or benchmark.HOSTS[host]).split(",")]
+    model = benchmark.MODEL | {"num_hidden_layers": layers}
     try:
-        rows = benchmark.run(engines, benchmark.Experiment(model=benchmark.MODEL | {"num_hidden_layers": layers}))
+        rows = benchmark.run(engines, benchmark.Experiment(model=model, host=host))
     except BenchmarkError as error:
         raise fail(error) from None
     if csv:

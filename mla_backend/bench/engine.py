@@ -1,4 +1,4 @@
-"""Time decode steps of whole vLLM engines beside each other: `mla-backend bench engine`.
+"""Time decode steps of whole engines, vLLM's or SGLang's, beside each other: `mla-backend bench engine`.
 
 One model, one process a backend, all started before anything is timed and asked in turn, so that no backend has the
 GPU at another temperature than the next. The model has the shape of DeepSeek-V2-Lite with few layers and random
@@ -6,14 +6,15 @@ weights: good for speed, never for correctness. Prompts are in the prefix cache 
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
 import pathlib
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
+from importlib import import_module
 from types import SimpleNamespace
 
 import torch
@@ -56,41 +57,53 @@ MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of l
     "torch_dtype": "bfloat16",
 }
 STEPS = 129
-COLUMNS = ("date", "gpu", "torch", "triton", "vllm", "backend", "layers", "requests", "tokens", "step_ms")
+COLUMNS = ("date", "gpu", "torch", "triton", "engine", "backend", "layers", "requests", "tokens", "step_ms")
+HOSTS = {"vllm": "CUSTOM,FLASHMLA,FLASH_ATTN_MLA", "sglang": "mla_backend,fa3,flashmla,flashinfer,triton"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What every engine does.
 
-    model: what its config.json says.  workloads: (requests, prompt tokens of each).
+    model: what its config.json says.  workloads: (requests, prompt tokens of each).  host: a name of HOSTS.
     """
 
     model: dict
+    host: str = "vllm"
     workloads: tuple[tuple[int, int], ...] = ((64, 512), (64, 8192), (8, 32768), (1, 32768))
 
     @property
-    def cache_bytes(self) -> int:
+    def cache_tokens(self) -> int:
         """For the largest workload and some more: fixed, so that engines beside it change nothing, and all its
         requests run at once."""
         page = 128  # no backend has a larger one
+        return max(requests * (tokens + STEPS + page) for requests, tokens in self.workloads) + 64 * page
+
+    @property
+    def cache_bytes(self) -> int:
+        """As vLLM counts it."""
+        page = 128
         layout = CacheLayout(
             geometry=geometry_of(SimpleNamespace(**self.model)), format=format_of(torch.bfloat16), page_size=page
         )
-        most = max(requests * (tokens + STEPS + page) for requests, tokens in self.workloads)
-        return layout.bytes_for(most + 64 * page, num_layers=self.model["num_hidden_layers"])
+        return layout.bytes_for(self.cache_tokens, num_layers=self.model["num_hidden_layers"])
+
+    def prompts(self, requests: int, tokens: int) -> list[list[int]]:
+        """Random token ids, the same for every engine."""
+        generator = torch.Generator().manual_seed(tokens)
+        return torch.randint(1000, (requests, tokens), generator=generator).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A backend as vLLM is told of it, and the environment that it runs in."""
+    """A backend as the host is told of it, and the environment that it runs in."""
 
     backend: str
     environment: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Engine":
-        """`CUSTOM`, `FLASHMLA`; `CUSTOM:gluon_sm90` names our decode kernel."""
+        """`CUSTOM`, `FLASHMLA`; `CUSTOM:triton_splitkv` names our decode kernel."""
         backend, _, kernel = text.strip().partition(":")
         return cls(backend=backend, environment=((variable("decode"), kernel),) if kernel else ())
 
@@ -98,68 +111,18 @@ class Engine:
         return ":".join((self.backend, *(value for _, value in self.environment)))
 
 
-def start(folder: str, engine: Engine, experiment: Experiment):
-    """The engine, with graphs for its batch sizes, and vLLM's version."""
-    set_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **dict(engine.environment)})
-    import vllm
-
-    requests, tokens = zip(*experiment.workloads, strict=True)
-    llm = vllm.LLM(
-        model=folder,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        attention_backend=engine.backend,
-        max_model_len=max(tokens) + 8192,
-        max_num_seqs=max(requests),
-        kv_cache_memory_bytes=experiment.cache_bytes,
-        # Says nothing beside those bytes, but vLLM refuses to start where less than this share of memory is free.
-        gpu_memory_utilization=0.02,
-        enable_prefix_caching=True,
-        compilation_config={
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sorted(set(requests)),
-        },
-    )
-    return llm, vllm.__version__
-
-
-def step_ms(llm, requests: int, tokens: int) -> float:
-    """Milliseconds of a decode step: median of the later ones of STEPS, timed one by one.
-
-    Raises BenchmarkError if not all requests ran together.
-    """
-    from vllm import SamplingParams
-
-    generator = torch.Generator().manual_seed(tokens)
-    prompts = [
-        {"prompt_token_ids": torch.randint(1000, (tokens,), generator=generator).tolist()} for _ in range(requests)
-    ]
-    options = {"ignore_eos": True, "temperature": 0, "detokenize": False}
-    llm.generate(prompts, SamplingParams(max_tokens=2, **options), use_tqdm=False)  # fills the prefix cache
-    engine = llm.llm_engine
-    for number, prompt in enumerate(prompts):
-        engine.add_request(f"{requests} x {tokens}, {number}", prompt, SamplingParams(max_tokens=STEPS, **options))
-    times, answers = [], []
-    while engine.has_unfinished_requests():
-        begin = time.perf_counter()
-        answers.append(len(engine.step()))
-        times.append(time.perf_counter() - begin)
-    later = slice(-STEPS * 3 // 4, -1)
-    if (together := statistics.median(answers[later])) != requests:
-        raise BenchmarkError(f"{requests} requests were to run together, but {together:g} answered in a step")
-    return 1e3 * statistics.median(times[later])
-
-
 def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
     """A process's life: build the engine, then answer (requests, tokens) with milliseconds until it is ended."""
     try:
-        llm, version = start(folder, engine, experiment)
+        set_environment(dict(engine.environment))
+        host = import_module(f"mla_backend.bench.{experiment.host}_engine")
+        llm, version = host.start(folder, engine.backend, experiment)
+        step_ms = functools.partial(host.step_ms, llm, experiment)
         for requests, tokens in experiment.workloads:
-            step_ms(llm, requests, tokens)  # whatever compiles at first use
+            step_ms(requests, tokens)  # whatever compiles at first use
         connection.send(version)
         while True:
-            connection.send(step_ms(llm, *connection.recv()))
+            connection.send(step_ms(*connection.recv()))
     except Exception as error:
         connection.send(BenchmarkError(f"{engine}: {type(error).__name__}: {error!s:.600}"))
 
@@ -170,7 +133,7 @@ class Worker:
     def __init__(self, context, folder: str, engine: Engine, experiment: Experiment, target=serve):
         self.engine = engine
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=target, args=(theirs, folder, engine, experiment), daemon=True)
+        self.process = context.Process(target=target, args=(theirs, folder, engine, experiment))
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the connection
 
@@ -193,14 +156,13 @@ class Worker:
         return self.answer()
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
+        """At once: nothing in it needs an orderly end, and SGLang's own processes end with it."""
+        self.process.kill()
+        self.process.join()
 
 
 def _versions(workers: list[Worker]) -> dict[Worker, str]:
-    """vLLM's version from each as it is ready; the first that fails ends the wait."""
+    """The engine's name and version from each as it is ready; the first that fails ends the wait."""
     waiting, versions = {worker.connection: worker for worker in workers}, {}
     while waiting:
         for connection in multiprocessing.connection.wait(list(waiting)):
@@ -209,8 +171,13 @@ def _versions(workers: list[Worker]) -> dict[Worker, str]:
     return versions
 
 
-def run(engines: list[Engine], experiment: Experiment, *, target=serve) -> list[dict]:
-    """Rows of COLUMNS: every engine of a workload before the next workload.
+def _in_turn(workers: list[Worker], requests: int, tokens: int, rounds: int) -> list[list[float]]:
+    """Every worker's milliseconds: each worker once a round, so that what slows one round slows all of them."""
+    return list(zip(*([worker.ask(requests, tokens) for worker in workers] for _ in range(rounds)), strict=True))
+
+
+def run(engines: list[Engine], experiment: Experiment, *, rounds: int = 3, target=serve) -> list[dict]:
+    """Rows of COLUMNS, the median of some rounds: every engine of a workload before the next workload.
 
     target: what a worker's process does.
     Raises BenchmarkError without a GPU and when an engine does not start or ends.
@@ -226,9 +193,10 @@ def run(engines: list[Engine], experiment: Experiment, *, target=serve) -> list[
             stack.callback(workers[-1].stop)
         versions = _versions(workers)
         for requests, tokens in experiment.workloads:
-            for worker in workers:
-                ms = round(worker.ask(requests, tokens), 3)
-                row = {"vllm": versions[worker], "backend": str(worker.engine), "layers": layers}
-                rows.append(facts | row | {"requests": requests, "tokens": tokens, "step_ms": ms})
-                print(f"{requests} x {tokens} tokens, {worker.engine}: {ms} ms a step", flush=True)
+            for worker, times in zip(workers, _in_turn(workers, requests, tokens, rounds), strict=True):
+                row = {"engine": versions[worker], "backend": str(worker.engine), "layers": layers}
+                row |= {"requests": requests, "tokens": tokens, "step_ms": round(statistics.median(times), 3)}
+                rows.append(facts | row)
+                shown = ", ".join(f"{ms:.3f}" for ms in sorted(times))
+                print(f"{requests} x {tokens} tokens, {worker.engine}: {shown} ms a step", flush=True)
     return rows

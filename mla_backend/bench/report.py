@@ -83,7 +83,7 @@ def engine_table(rows: list[dict]) -> Table:
     first = rows[0]
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     table = Table(
-        title=f"Decode steps on {first['gpu']}, {first['date']}, vLLM {first['vllm']}, {first['layers']} layers",
+        title=f"Decode steps on {first['gpu']}, {first['date']}, {first['engine']}, {first['layers']} layers",
         caption=f"Milliseconds a step. x: the time over that of {backends[0]}, more than 1 is a win for it.",
     )
     table.add_column("requests x tokens", no_wrap=True)
