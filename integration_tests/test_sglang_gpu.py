@@ -1,7 +1,4 @@
-"""The cases of SGLang's kit that need a GPU: CUDA graphs of decode, of verification and of draft models.
-
-Some of them write a prefix of more than one page where they do not read it, so prefixes are short here.
-"""
+"""On a GPU: the cases of SGLang's kit that need CUDA graphs, and its engine beside its own triton backend."""
 
 import pytest
 import torch
@@ -36,6 +33,12 @@ def case(mode: ForwardMode, page_size: int, extend_lens=(), prefix_lens=(4, 7, 1
     )
 
 
+def one_page(page_size: int) -> tuple[int, ...]:
+    """Prefixes that a page holds: these cases of the kit write longer ones where nobody reads them, and then SGLang's
+    own backends fail as ours does (seen with pages of one token, 0.5.17)."""
+    return tuple(min(length, page_size) for length in (4, 7, 12))
+
+
 @PAGES
 def test_decode(page_size):
     decode.run_mla_cuda_graph_decode_case(KitTest(), case(ForwardMode.DECODE, page_size), **WIDTHS)
@@ -45,7 +48,10 @@ def test_decode(page_size):
 @pytest.mark.parametrize("topk", [1, 2])
 def test_verification(page_size, topk):
     verify.run_mla_eagle_verify_cuda_graph_case(
-        KitTest(), case(ForwardMode.TARGET_VERIFY, page_size, (DRAFT_TOKENS,) * 3), topk=topk, **WIDTHS
+        KitTest(),
+        case(ForwardMode.TARGET_VERIFY, page_size, (DRAFT_TOKENS,) * 3, one_page(page_size)),
+        topk=topk,
+        **WIDTHS,
     )
 
 
@@ -58,6 +64,9 @@ def test_draft_extend(page_size):
 
 @pytest.mark.parametrize(("page_size", "topk"), [(1, 1), (16, 1), (64, 1), (1, 2)])
 def test_draft_steps(page_size, topk):
+    """In float32: the kit compares the tokens that are drafted, which in bfloat16 are near-ties of random weights, with
+    SGLang's triton backend as with ours."""
+    exact = {**WIDTHS, "dtype": torch.float32}
     draft.run_mla_eagle_draft_cuda_graph_runner_case(
-        KitTest(), case(ForwardMode.DECODE, page_size, prefix_lens=(4, 7)), topk=topk, **WIDTHS
+        KitTest(), case(ForwardMode.DECODE, page_size, prefix_lens=one_page(page_size)[:2]), topk=topk, **exact
     )

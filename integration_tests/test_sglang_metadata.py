@@ -68,7 +68,12 @@ def test_lengths_of_uniform_steps(mode, extend, seq_lens, query_len, padded):
     )
     if not padded:
         batch.extend_seq_lens = None if extend is None else torch.tensor(extend)
-    step = backend._uniform_step(batch, padded=padded)
+    if padded:
+        backend.init_cuda_graph_state(2, 6)
+        backend.init_forward_metadata_out_graph(batch)
+    else:
+        backend.init_forward_metadata(batch)
+    step = backend.forward_metadata
     assert step.seq_lens_B.tolist() == seq_lens
     assert step.seq_lens_B.dtype == torch.int32
     assert step.query_len == query_len
@@ -86,7 +91,7 @@ def test_buffers_of_graphs_hold_each_step(page_size):
     for other in (made, fixture(page_size=page_size, prefix_lens=(30, 2, 7))):
         expected = mla.run_mla_fixture_eager(other)
         buffers = other.backend._graph = made.backend._graph
-        buffers._step._table.fill_(10**6)  # nobody may read beyond a request's pages
+        buffers._step.table.fill_(10**6)  # nobody may read beyond a request's pages
         other.backend.init_forward_metadata_out_graph(other.forward_batch)
         step = other.backend.forward_metadata
         addresses.add((step.block_table_BM.data_ptr(), step.seq_lens_B.data_ptr()))

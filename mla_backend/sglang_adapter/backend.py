@@ -137,9 +137,11 @@ class SGLangMLABackend(AttentionBackend):
                 seq_lens_B = seq_lens_B - forward_batch.extend_seq_lens + query_len
         else:
             query_len = 1
+        # A launch costs the host as much as a short step costs the GPU: for a graph, into its buffers directly.
+        into = self._graph.block_table if padded else None
         return DecodeStep(
-            block_table_BM=self._table(forward_batch, more=query_len),
-            seq_lens_B=seq_lens_B.to(torch.int32),
+            block_table_BM=self._table(forward_batch, more=query_len, into=into),
+            seq_lens_B=seq_lens_B if padded else seq_lens_B.to(torch.int32),
             query_len=query_len,
         )
 
@@ -158,11 +160,10 @@ class SGLangMLABackend(AttentionBackend):
             ancestors=DecodeStep(block_table_BM=table, seq_lens_B=lens, query_len=1),
         )
 
-    def _table(self, forward_batch, more: int = 0) -> torch.Tensor:
+    def _table(self, forward_batch, more: int = 0, into: torch.Tensor | None = None) -> torch.Tensor:
         """Block tables of a batch with `more` tokens a request than SGLang says."""
-        return self.tables.make(
-            forward_batch.req_pool_indices[: forward_batch.batch_size], self.longest(forward_batch) + more
-        )
+        rows_B = forward_batch.req_pool_indices[: forward_batch.batch_size]
+        return self.tables.make(rows_B, self.longest(forward_batch) + more, into)
 
     def longest(self, forward_batch) -> int:
         """Most cached tokens of any request, or that one can have: SGLang does not keep the host's lengths up to date

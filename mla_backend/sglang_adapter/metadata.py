@@ -25,13 +25,15 @@ class PageTables:
     def most_pages(self) -> int:
         return -(-self._slots.shape[1] // self._page_size)
 
-    def make(self, rows_B: torch.Tensor, longest: int) -> torch.Tensor:
-        """New block tables of the requests in `rows_B` of SGLang's pool, wide enough for `longest` tokens each."""
+    def make(self, rows_B: torch.Tensor, longest: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Block tables of the requests in `rows_B` of SGLang's pool, wide enough for `longest` tokens each: new ones,
+        or written into the corner of `into` that they take, with as few launches as that needs, and no other."""
         tokens = min(max(longest, 1), self._slots.shape[1])
-        pages_BM = self._slots[:, : tokens : self._page_size].index_select(0, rows_B)
-        if self._page_size > 1:
-            pages_BM //= self._page_size
-        return pages_BM
+        slots = self._slots[:, : tokens : self._page_size]
+        corner = None if into is None else into[: len(rows_B), : slots.shape[1]]
+        if self._page_size == 1:
+            return torch.index_select(slots, 0, rows_B, out=corner)
+        return torch.floor_divide(slots.index_select(0, rows_B), self._page_size, out=corner)
 
     def make_branches(self, rows_B, context_lens_B, longest: int, *, branches: int, tokens: int) -> torch.Tensor:
         """New block tables of the branches of drafts: each request's context, then `tokens` tokens of one branch.
