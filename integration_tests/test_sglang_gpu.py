@@ -1,4 +1,4 @@
-"""On a GPU: the cases of SGLang's kit that need CUDA graphs, and its engine beside its own triton backend."""
+"""The cases of SGLang's kit that need a GPU: CUDA graphs of decode, of verification and of draft models."""
 
 import pytest
 import torch
