@@ -1,5 +1,7 @@
 """MLA models that vLLM does not take for MLA, or serves expanded: what to teach it, and what to tell the user."""
 
+from importlib import import_module
+
 import torch
 
 from mla_backend.models import EXPANDED, family_of, geometry_of, is_mla
@@ -45,7 +47,7 @@ def times_larger(hf_config) -> str:
 def teach(model_types) -> None:
     """Let vLLM take these model types for MLA if they have a latent, and announce those that it expands."""
     # vllm.config and the module below import each other, and only in this order does neither find the other half made.
-    import vllm.config  # noqa: F401 - nothing is taken from it: imported for the order alone
+    import_module("vllm.config")
     from vllm.transformers_utils import model_arch_config_convertor as arch
 
     # Types of EXPANDED have no MLA layers in vLLM's own code, so that taking them for MLA would break them.
