@@ -188,12 +188,13 @@ def instructions(kernel) -> dict:
 
 def unordered_arrivals(kernel) -> int:
     """How many arrivals at an mbarrier, made by one thread for its group, are not behind the group's own barrier: reads
-    and writes of its other threads could come after those. (Copies announced by expect_tx have one thread alone.)"""
+    and writes of its other threads could come after those. Lines are read in their order, without branches. (Copies
+    announced by expect_tx have one thread alone.)"""
     behind, count = False, 0
     for line in kernel.asm["ptx"].splitlines():
-        if re.search(r"\bbar(rier|\.warp)?\.?(cta)?\.?sync", line):
+        if re.search(r"\b(bar|barrier)(\.cta)?\.sync", line):
             behind = True
-        elif re.search(r"\b(ld|st|atom|red)\.\S*shared|\bwgmma\.mma", line):
+        elif re.search(r"\b(ld|st|ldmatrix|stmatrix|atom|red)\.\S*shared|\bwgmma\.mma", line):
             behind = False
         elif re.search(r"\bmbarrier\.arrive\.(?!expect_tx)", line):
             count += not behind
