@@ -4,6 +4,7 @@ import functools
 import os
 
 import pytest
+from bench_rows import FACTS
 from harness import MAX_TOKENS, run_engine
 
 
@@ -44,3 +45,12 @@ def oracle():
 def engine(tmp_path):
     """run(model, rounds, ...) as harness.run_engine, in a folder of the test."""
     return functools.partial(run_engine, tmp_path)
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """`bench engine` on this machine, as if its facts were those of bench_rows.py."""
+    from mla_backend.bench import engine
+
+    monkeypatch.setattr(engine, "need_gpu", lambda: None)
+    monkeypatch.setattr(engine, "machine", lambda: FACTS)

@@ -15,12 +15,7 @@ from mla_backend.bench.report import engine_table
 from mla_backend.bench.results import write_csv
 
 EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY_MODEL, workloads=((2, 64), (1, 128)))
-
-
-@pytest.fixture(autouse=True)
-def no_gpu_needed(monkeypatch):
-    monkeypatch.setattr(engine, "need_gpu", lambda: None)
-    monkeypatch.setattr(engine, "machine", lambda: FACTS)
+pytestmark = pytest.mark.usefixtures("no_gpu_needed")
 
 
 def test_names_of_engines():

@@ -1,19 +1,14 @@
 """`bench engine --engine sglang` with the real engine: on a CPU its times mean nothing, but everything else does."""
 
 import pytest
-from bench_rows import FACTS, TINY_MODEL
+from bench_rows import TINY_MODEL
 
 pytest.importorskip("sglang")
 
 from mla_backend.bench import engine
 
 EXPERIMENT = engine.Experiment(model=engine.MODEL | TINY_MODEL, host="sglang", workloads=((2, 200), (1, 300)))
-
-
-@pytest.fixture(autouse=True)
-def no_gpu_needed(monkeypatch):
-    monkeypatch.setattr(engine, "need_gpu", lambda: None)
-    monkeypatch.setattr(engine, "machine", lambda: FACTS)
+pytestmark = pytest.mark.usefixtures("no_gpu_needed")
 
 
 def test_steps_of_a_real_engine(capfd):

@@ -104,9 +104,7 @@ def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
 
 @bench.command()
 def engine(
-    host: Annotated[
-        Literal["vllm", "sglang"], typer.Option("--engine", help="Whose engine. SGLang's times hold its scheduler's.")
-    ] = "vllm",
+    host: Annotated[Literal["vllm", "sglang"], typer.Option("--engine", help="Whose engine.")] = "vllm",
     backends: Annotated[
         str | None,
         typer.Option(

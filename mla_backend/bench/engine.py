@@ -57,6 +57,7 @@ MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of l
     "torch_dtype": "bfloat16",
 }
 STEPS = 129
+PAGE = 128  # tokens; no backend has larger ones
 COLUMNS = ("date", "gpu", "torch", "triton", "engine", "backend", "layers", "requests", "tokens", "step_ms")
 HOSTS = {"vllm": "CUSTOM,FLASHMLA,FLASH_ATTN_MLA", "sglang": "mla_backend,fa3,flashmla,flashinfer,triton"}
 
@@ -76,15 +77,13 @@ class Experiment:
     def cache_tokens(self) -> int:
         """For the largest workload and some more: fixed, so that engines beside it change nothing, and all its
         requests run at once."""
-        page = 128  # no backend has a larger one
-        return max(requests * (tokens + STEPS + page) for requests, tokens in self.workloads) + 64 * page
+        return max(requests * (tokens + STEPS + PAGE) for requests, tokens in self.workloads) + 64 * PAGE
 
     @property
     def cache_bytes(self) -> int:
         """As vLLM counts it."""
-        page = 128
         layout = CacheLayout(
-            geometry=geometry_of(SimpleNamespace(**self.model)), format=format_of(torch.bfloat16), page_size=page
+            geometry=geometry_of(SimpleNamespace(**self.model)), format=format_of(torch.bfloat16), page_size=PAGE
         )
         return layout.bytes_for(self.cache_tokens, num_layers=self.model["num_hidden_layers"])
 
@@ -171,7 +170,7 @@ def _versions(workers: list[Worker]) -> dict[Worker, str]:
     return versions
 
 
-def _in_turn(workers: list[Worker], requests: int, tokens: int, rounds: int) -> list[list[float]]:
+def _in_turn(workers: list[Worker], requests: int, tokens: int, rounds: int) -> list[tuple[float, ...]]:
     """Every worker's milliseconds: each worker once a round, so that what slows one round slows all of them."""
     return list(zip(*([worker.ask(requests, tokens) for worker in workers] for _ in range(rounds)), strict=True))
 
