@@ -127,8 +127,8 @@ def test_the_pool_of_a_gpu():
     assert result.facts["cache"].startswith("bf16, 320 bytes a token and layer, 3,200 in 10 layers: ")
 
 
-def problem(dtype=torch.float32):
-    layout = CacheLayout(geometry=GEOMETRY, format=format_of(dtype), page_size=16)
+def problem(dtype=torch.float32, cache_dtype=None):
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(cache_dtype or dtype), page_size=16)
     return Problem(layout=layout, dtype=dtype)
 
 
@@ -138,9 +138,19 @@ def choices():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_right_kernels_pass(operation):
-    for dtype in (torch.float32, torch.float16):
-        chosen = select(operation, problem(dtype), device_of(WHERE))
-        assert selftest.failure(chosen, problem(dtype), WHERE) is None
+    for dtypes in ((torch.float32,), (torch.float16,), (torch.float32, torch.float8_e4m3fn)):
+        chosen = select(operation, problem(*dtypes), device_of(WHERE))
+        assert selftest.failure(chosen, problem(*dtypes), WHERE) is None
+
+
+@pytest.mark.parametrize("operation", ["decode", "cache_write", "cache_gather"])
+def test_a_kernel_that_forgets_the_scale_is_a_fault(operation, monkeypatch):
+    fp8 = problem(torch.float32, torch.float8_e4m3fn)
+    chosen = select(operation, fp8, device_of(WHERE))
+    module = chosen.kernel.load()
+    right = module.run
+    monkeypatch.setattr(module, "run", lambda *arrays, cache_scale, **options: right(*arrays, **options))
+    assert "computes something else than the reference" in selftest.failure(chosen, fp8, WHERE)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -12,7 +12,7 @@ from mla_kernels import FORMATS, CacheLayout, Device, MLAGeometry, Problem, Unsu
 
 SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
 ANY_KERNEL = MLABackendConfig()
-CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values())
+CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values() if not cache_format.scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
