@@ -3,17 +3,18 @@
 import bisect
 import math
 import struct
+from functools import partial
 
 import pytest
 import torch
 
 from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, reference
-from mla_kernels.device import interpreting
+from mla_kernels.device import device_of, interpreting
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
-WHERE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+ON_GPU = torch.cuda.is_available() and not interpreting()
 # The interpreter rounds bfloat16 wrongly (CONTRIBUTING.md); what needs no rounding is right there too.
-ROUNDED = (torch.float32, torch.float16) + ((torch.bfloat16,) if WHERE == "cuda" else ())
+ROUNDED = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 E4M3 = torch.float8_e4m3fn
 SCALES = (None, 0.037, 4.0)
 
@@ -135,23 +136,32 @@ def test_gather_reads_every_code(kernel, place, dtype, scale):
     assert torch.equal(out[number].view(bits), wanted[number].view(bits)), "-0 is not 0 here"
 
 
-def check(kernel, place, case):
+def geometry(heads=5, latent=128, rope=32):
+    return MLAGeometry(num_heads=heads, kv_lora_rank=latent, qk_rope_head_dim=rope, qk_nope_head_dim=64, v_head_dim=64)
+
+
+def problem_for(case) -> Problem:
+    q_latent, cache = case.arrays[0], case.arrays[2]
+    layout = CacheLayout(geometry=case.geometry, format=format_of(cache.dtype), page_size=cache.shape[1])
+    return Problem(layout=layout, dtype=q_latent.dtype, max_query_len=case.options["query_len"])
+
+
+def case_for(kernel, place, *arguments, **options):
+    """A decode of an fp8 cache where the kernel runs."""
+    make = partial(make_decode, *arguments, cache_dtype=E4M3, **options)
+    return make(device=place(kernel, problem_for(make())))
+
+
+def check(kernel, case):
     q_latent, cache, seq_lens = case.arrays[0], case.arrays[2], case.arrays[4]
-    layout = CacheLayout(geometry=case.geometry, format=format_of(E4M3), page_size=cache.shape[1])
-    problem = Problem(layout=layout, dtype=q_latent.dtype, max_query_len=case.options["query_len"])
-    place(kernel, problem)
-    shapes = kernel.load().workspace(problem, Device("cpu", interpreted=True), max_requests=len(seq_lens))
-    workspace = tuple(torch.full(shape, 7, dtype=dtype, device=WHERE) for shape, dtype in shapes)
+    shapes = kernel.load().workspace(problem_for(case), device_of(cache), max_requests=len(seq_lens))
+    workspace = tuple(torch.full(shape, 7, dtype=dtype, device=cache.device) for shape, dtype in shapes)
     out = torch.full_like(q_latent, torch.nan)
-    lse = torch.full(q_latent.shape[:2], torch.nan, dtype=torch.float32, device=WHERE)
-    kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace if WHERE == "cpu" else None)
+    lse = torch.full(q_latent.shape[:2], torch.nan, dtype=torch.float32, device=cache.device)
+    kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
     expected, expected_lse = case.reference()
     assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
     assert_matches("out", out, expected, TOLERANCE[q_latent.dtype], case.magnitude())
-
-
-def geometry(heads=5, latent=128, rope=32):
-    return MLAGeometry(num_heads=heads, kv_lora_rank=latent, qk_rope_head_dim=rope, qk_nope_head_dim=64, v_head_dim=64)
 
 
 decodes = pytest.mark.parametrize("kernel", OPERATIONS["decode"], ids=lambda k: k.name)
@@ -164,8 +174,7 @@ decodes = pytest.mark.parametrize("kernel", OPERATIONS["decode"], ids=lambda k: 
 @decodes
 def test_decode(kernel, place, seq_lens, dtype, scale, needles):
     """The reference reads the same codes, so the tolerances are those of any cache."""
-    options = {"dtype": dtype, "cache_dtype": E4M3, "cache_scale": scale, "needles": needles, "device": WHERE}
-    check(kernel, place, make_decode(geometry(), seq_lens, **options))
+    check(kernel, case_for(kernel, place, geometry(), seq_lens, dtype=dtype, cache_scale=scale, needles=needles))
 
 
 @pytest.mark.parametrize(
@@ -174,21 +183,17 @@ def test_decode(kernel, place, seq_lens, dtype, scale, needles):
 )
 @decodes
 def test_decode_geometries(kernel, place, heads, latent, rope, page_size, query_lens):
-    options = {"page_size": page_size, "page_gap": 96, "query_lens": query_lens, "device": WHERE}
-    check(
-        kernel,
-        place,
-        make_decode(geometry(heads, latent, rope), [129, 40], cache_dtype=E4M3, cache_scale=0.3, **options),
-    )
+    options = {"page_size": page_size, "page_gap": 96, "query_lens": query_lens, "cache_scale": 0.3}
+    check(kernel, case_for(kernel, place, geometry(heads, latent, rope), [129, 40], **options))
 
 
 @decodes
 def test_scale_is_read_when_the_kernel_runs(kernel, place):
     """An engine may load new scales in place, and a captured graph must see them."""
-    case = make_decode(geometry(), [40, 7], cache_dtype=E4M3, cache_scale=0.5, device=WHERE)
-    check(kernel, place, case)
+    case = case_for(kernel, place, geometry(), [40, 7], cache_scale=0.5)
+    check(kernel, case)
     case.options["cache_scale"].fill_(0.25)
-    check(kernel, place, case)
+    check(kernel, case)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
