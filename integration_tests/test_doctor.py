@@ -61,12 +61,24 @@ def test_a_model_without_mla_as_a_report(tmp_path):
     assert "| model | llama (model_type llama) |" in output
 
 
+def test_an_fp8_cache_in_vllm(checkpoints):
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8")
+    found = json.loads(output)
+    assert status == 0
+    assert "fp8 cache" in found["facts"]["problem"]
+    assert found["facts"]["cache"].startswith("fp8, 576 bytes a token and layer, 1,152 in 2 layers: ")
+    assert sum(one["what"].endswith("agrees with the reference") for one in found["findings"]) == 5
+
+
 def test_options_of_vllm(checkpoints):
     """Ones that we cannot serve with, and one that does not exist."""
     pytest.importorskip("vllm")
-    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8", "--block-size", "24")
+    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8_e5m2", "--block-size", "24")
     assert status == 1
-    assert [what.split(",")[-1] for what in faults(output)] == [" got 24", " got fp8; leave the option out"]
+    page, cache = faults(output)
+    assert page.endswith("got 24")
+    assert "got fp8_e5m2 (values of another format" in cache
     status, output, _ = doctor(checkpoints(), "--json", "--no-such-option", "2")
     assert status == 1
     assert "unrecognized arguments: --no-such-option" in faults(output)[0]
