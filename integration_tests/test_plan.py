@@ -181,7 +181,7 @@ def test_kernels_of_an_architecture(v3, monkeypatch, architecture, tensor_parall
 def test_kernels_of_a_cache_format(v3, monkeypatch):
     """A kernel that cannot read fp8 says so; others need no GPU with fp8 instructions."""
     found = kernels(load(v3), "sm_80", 8, "fp8")
-    assert found["decode"] == "triton_splitkv"
+    assert found["decode"].startswith("triton_splitkv")
     assert found["cache write"] == "triton_write"
     monkeypatch.setenv("MLA_BACKEND_DECODE", "gluon_sm90")
     assert "got torch.bfloat16 and torch.float8_e4m3fn" in kernels(load(v3), "sm_90", 8, "fp8")["decode"]
