@@ -18,10 +18,12 @@ from mla_kernels.testing import TOLERANCE, assert_matches, make_pool
 GEOMETRY = MLAGeometry(num_heads=3, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=48)
 PAGE_SIZE = 16
 CONTEXT, NEW = [0, 70, 33], [5, 3, 20]
+FP8 = torch.float8_e4m3fn
+scales = pytest.mark.parametrize("scale", [None, 0.3], ids=["fp32 cache", "fp8 cache"])
 
 
-def attention(operations=OPERATIONS) -> MLAAttention:
-    layout = CacheLayout(geometry=GEOMETRY, format=format_of(torch.float32), page_size=PAGE_SIZE)
+def attention(operations=OPERATIONS, cache_dtype=torch.float32) -> MLAAttention:
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(cache_dtype), page_size=PAGE_SIZE)
     problem = Problem(layout=layout, dtype=torch.float32, max_query_len=max(NEW))
     scale = GEOMETRY.softmax_scale
     return MLAAttention(problem, Device("cpu"), MLABackendConfig(), scale=scale, operations=operations)
@@ -32,14 +34,21 @@ def starts(lens) -> torch.Tensor:
 
 
 class Batch:
-    """Three requests with cached context (one without), and what attention over their whole sequences gives."""
+    """Three requests with cached context (one without), and what attention over their whole sequences gives.
 
-    def __init__(self):
+    scale: of an fp8 cache, which holds these rows exactly; None for a float32 cache.
+    """
+
+    def __init__(self, scale: float | None = None):
         g = torch.Generator().manual_seed(0)
         width = GEOMETRY.qk_nope_head_dim + GEOMETRY.v_head_dim
         self.up = torch.randn(GEOMETRY.kv_lora_rank, GEOMETRY.num_heads * width, generator=g) * 0.1
         self.rows = [torch.randn(c + n, GEOMETRY.latent_dim, generator=g) for c, n in zip(CONTEXT, NEW, strict=True)]
-        self.cache, self.table = make_pool(self.rows, GEOMETRY.latent_dim, page_size=PAGE_SIZE, generator=g)
+        self.scale = None if scale is None else torch.tensor(scale)
+        held = self.rows if scale is None else [(row / scale).to(FP8).float() for row in self.rows]
+        self.cache, self.table = make_pool(held, GEOMETRY.latent_dim, page_size=PAGE_SIZE, generator=g)
+        if scale is not None:
+            self.cache, self.rows = self.cache.to(FP8), [row * self.scale for row in held]
         self.q = torch.randn(sum(NEW), GEOMETRY.num_heads, GEOMETRY.qk_head_dim, generator=g)
         new = torch.cat([rows[c:] for rows, c in zip(self.rows, CONTEXT, strict=True)])
         self.latent, self.rope = new.split([GEOMETRY.kv_lora_rank, GEOMETRY.qk_rope_head_dim], -1)
@@ -97,9 +106,10 @@ def packed() -> SimpleNamespace:
     return SimpleNamespace(chunks=chunks, workspace=torch.full((64, GEOMETRY.latent_dim), torch.nan))
 
 
+@scales
 @pytest.mark.parametrize("context", [rectangular(32), rectangular(128), packed()], ids=["0.26", "0.26-one", "0.28"])
-def test_prefill_over_cached_context(context):
-    batch = Batch()
+def test_prefill_over_cached_context(context, scale):
+    batch = Batch(scale)
     prefill = SimpleNamespace(chunked_context=context, query_start_loc=starts(NEW), max_query_len=max(NEW))
     step = PrefillStep(
         query_start_B1=starts(NEW),
@@ -109,13 +119,15 @@ def test_prefill_over_cached_context(context):
         gather_buffer_SK=context.workspace,
     )
     out = torch.full((sum(NEW), GEOMETRY.num_heads, GEOMETRY.v_head_dim), torch.nan)
-    attention().prefill(batch.q, batch.latent, batch.rope, batch.cache, step, up_project=batch.up_project, out_TNV=out)
+    options = {"up_project": batch.up_project, "out_TNV": out, "cache_scale": batch.scale}
+    attention(cache_dtype=batch.cache.dtype).prefill(batch.q, batch.latent, batch.rope, batch.cache, step, **options)
     assert_matches("out", out, batch.expected(), TOLERANCE[torch.float32])
 
 
-def test_absorbed_decode_equals_expanded_prefill():
+@scales
+def test_absorbed_decode_equals_expanded_prefill(scale):
     """The same new tokens through decode, ragged, with the projections moved to query and output."""
-    batch = Batch()
+    batch = Batch(scale)
     w_k, w_v = (
         w.transpose(0, 1)
         for w in batch.up.view(GEOMETRY.kv_lora_rank, GEOMETRY.num_heads, -1).split(
@@ -129,7 +141,9 @@ def test_absorbed_decode_equals_expanded_prefill():
         query_len=max(NEW),
         query_start_B1=starts(NEW),
     )
-    latent_out, _ = attention().decode(torch.einsum("tnp,nlp->tnl", q_nope, w_k), q_rope, batch.cache, step)
+    latent_out, _ = attention(cache_dtype=batch.cache.dtype).decode(
+        torch.einsum("tnp,nlp->tnl", q_nope, w_k), q_rope, batch.cache, step, cache_scale=batch.scale
+    )
     out = torch.einsum("tnl,nlv->tnv", latent_out, w_v)
     assert_matches("out", out, batch.expected(), TOLERANCE[torch.float32])
 
@@ -139,6 +153,24 @@ def test_write_then_read():
     cache = torch.full_like(batch.cache, torch.nan)
     slots = torch.randperm(cache.shape[0] * PAGE_SIZE)[: len(batch.latent)]
     attention().write(batch.latent, batch.rope, cache, slots)
+    assert torch.equal(cache.flatten(0, 1)[slots], torch.cat([batch.latent, batch.rope], -1))
+
+
+def test_write_to_an_fp8_cache_then_read():
+    batch = Batch(0.3)
+    cache = torch.zeros_like(batch.cache)
+    slots = torch.randperm(cache.shape[0] * PAGE_SIZE)[: len(batch.latent)]
+    attention(cache_dtype=FP8).write(batch.latent, batch.rope, cache, slots, cache_scale=batch.scale)
+    held = cache.flatten(0, 1)[slots].float() * batch.scale
+    assert torch.equal(held, torch.cat([batch.latent, batch.rope], -1)), "these rows need no rounding"
+
+
+def test_a_cache_without_scale_is_not_scaled():
+    """An engine may hand over its factor whatever the cache is."""
+    batch = Batch()
+    cache = torch.zeros_like(batch.cache)
+    slots = torch.arange(len(batch.latent))
+    attention().write(batch.latent, batch.rope, cache, slots, cache_scale=torch.tensor(0.3))
     assert torch.equal(cache.flatten(0, 1)[slots], torch.cat([batch.latent, batch.rope], -1))
 
 

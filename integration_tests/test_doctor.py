@@ -61,12 +61,24 @@ def test_a_model_without_mla_as_a_report(tmp_path):
     assert "| model | llama (model_type llama) |" in output
 
 
+def test_an_fp8_cache_in_vllm(checkpoints):
+    pytest.importorskip("vllm")
+    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8")
+    found = json.loads(output)
+    assert status == 0
+    assert "fp8 cache" in found["facts"]["problem"]
+    assert found["facts"]["cache"].startswith("fp8, 576 bytes a token and layer, 1,152 in 2 layers: ")
+    assert sum(one["what"].endswith("agrees with the reference") for one in found["findings"]) == 5
+
+
 def test_options_of_vllm(checkpoints):
     """Ones that we cannot serve with, and one that does not exist."""
     pytest.importorskip("vllm")
-    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8", "--block-size", "24")
+    status, output, _ = doctor(checkpoints(), "--json", "--kv-cache-dtype", "fp8_e5m2", "--block-size", "24")
     assert status == 1
-    assert [what.split(",")[-1] for what in faults(output)] == [" got 24", " got fp8; leave the option out"]
+    page, cache = faults(output)
+    assert page.endswith("got 24")
+    assert "got fp8_e5m2 (values of another format" in cache
     status, output, _ = doctor(checkpoints(), "--json", "--no-such-option", "2")
     assert status == 1
     assert "unrecognized arguments: --no-such-option" in faults(output)[0]
@@ -127,8 +139,8 @@ def test_the_pool_of_a_gpu():
     assert result.facts["cache"].startswith("bf16, 320 bytes a token and layer, 3,200 in 10 layers: ")
 
 
-def problem(dtype=torch.float32):
-    layout = CacheLayout(geometry=GEOMETRY, format=format_of(dtype), page_size=16)
+def problem(dtype=torch.float32, cache_dtype=None):
+    layout = CacheLayout(geometry=GEOMETRY, format=format_of(cache_dtype or dtype), page_size=16)
     return Problem(layout=layout, dtype=dtype)
 
 
@@ -138,9 +150,19 @@ def choices():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_right_kernels_pass(operation):
-    for dtype in (torch.float32, torch.float16):
-        chosen = select(operation, problem(dtype), device_of(WHERE))
-        assert selftest.failure(chosen, problem(dtype), WHERE) is None
+    for dtypes in ((torch.float32,), (torch.float16,), (torch.float32, torch.float8_e4m3fn)):
+        chosen = select(operation, problem(*dtypes), device_of(WHERE))
+        assert selftest.failure(chosen, problem(*dtypes), WHERE) is None
+
+
+@pytest.mark.parametrize("operation", ["decode", "cache_write", "cache_gather"])
+def test_a_kernel_that_forgets_the_scale_is_a_fault(operation, monkeypatch):
+    fp8 = problem(torch.float32, torch.float8_e4m3fn)
+    chosen = select(operation, fp8, device_of(WHERE))
+    module = chosen.kernel.load()
+    right = module.run
+    monkeypatch.setattr(module, "run", lambda *arrays, cache_scale, **options: right(*arrays, **options))
+    assert "computes something else than the reference" in selftest.failure(chosen, fp8, WHERE)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

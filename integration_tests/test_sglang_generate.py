@@ -2,6 +2,7 @@
 float32."""
 
 import pytest
+from fp8_oracle import FP8_TOLERANCE, generate_fp8
 from harness import assert_same_answers, prompts, run_sglang
 
 pytest.importorskip("sglang")
@@ -61,6 +62,33 @@ def test_triton_with_a_cached_prefix(sglang, checkpoints, oracle):
     assert_same_answers(run.rounds[0], oracle(folder, batch, 4))
     assert_same_answers(run.rounds[1], oracle(folder, longer, 4))
     ran(run, "decode", "prefill", "cache_write", kind="triton")
+
+
+@pytest.mark.parametrize(("kernels", "page_size"), [("torch", 1), ("triton", 16)])
+def test_fp8_cache(sglang, checkpoints, oracle, kernels, page_size):
+    """New tokens behind a cached prefix are few enough for latent space, so they too are read from the cache."""
+    folder, batch = checkpoints(), prompts((16, 64, 112))
+    longer = [p + q for p, q in zip(batch, prompts((7,) * 3, seed=1), strict=True)]
+    options = {"kv_cache_dtype": "fp8_e4m3", "kernels": kernels, "page_size": page_size, "max_tokens": 6}
+    run = sglang(folder, [batch, longer], **options)
+    assert "fp8 cache, 576 bytes a token and layer" in run.log
+    assert_same_answers(run.rounds[0], generate_fp8(folder, batch, 6), tolerance=FP8_TOLERANCE)
+    with pytest.raises(AssertionError):
+        assert_same_answers(run.rounds[0], oracle(folder, batch, 6), tolerance=FP8_TOLERANCE)
+    assert [answer["cached"] for answer in run.rounds[1]] == [len(p) for p in batch]
+    for prompt, longer_one, answer in zip(batch, longer, run.rounds[1], strict=True):
+        wanted = generate_fp8(folder, [longer_one], 6, pieces=(len(prompt),), most_in_latent_space=7)
+        assert_same_answers([answer], wanted, tolerance=FP8_TOLERANCE)
+    ran(run, "decode", "prefill", "cache_write", kind=kernels)
+
+
+def test_fp8_cache_gathered_for_a_long_new_part(sglang, checkpoints):
+    """Pieces of 256, 256 and 88 tokens: the second expands its context, the third stays in latent space."""
+    folder, batch = checkpoints(), prompts((600,))
+    run = sglang(folder, [batch], kv_cache_dtype="fp8_e4m3", chunked_prefill_size=256, max_tokens=4, page_size=16)
+    wanted = generate_fp8(folder, batch, 4, pieces=(256, 256), most_in_latent_space=88)
+    assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
+    ran(run, "decode", "prefill", "cache_write", "cache_gather", "merge")
 
 
 def test_more_requests_than_the_cache_holds(sglang, checkpoints, oracle):

@@ -46,6 +46,26 @@ def test_attention_of_real_width(case, heads):
     attention(KitTest(), replace(case, num_heads=heads), kv_lora_rank=512, qk_rope_head_dim=64)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", cases())
+def test_fp8_cache(case, layout):
+    """The kit's reference, which rounds nothing, gets keys as the cache holds them, with the tolerance of float32."""
+    options = {"max_context_len": mla.DEFAULT_MAX_CONTEXT_LEN, "dtype": torch.float32, "device": PLACE}
+    fixture = mla.build_mla_attention_fixture(
+        KitTest(), case, kv_lora_rank=512, qk_rope_head_dim=64, fp8_kv_cache=True, loc_layout=layout, **options
+    )
+    assert fixture.runner.token_to_kv_pool.get_key_buffer(0).dtype == torch.float8_e4m3fn
+    project = fixture.reference_module.project_latent_qk
+
+    def rounded(hidden):
+        q, k, q_rope, k_rope = project(hidden)
+        return q, k.to(torch.float8_e4m3fn).float(), q_rope, k_rope.to(torch.float8_e4m3fn).float()
+
+    fixture.reference_module.project_latent_qk = rounded
+    actual = mla.run_mla_fixture_eager(fixture)
+    torch.testing.assert_close(actual, mla.expected_mla_fixture_output(fixture), atol=1e-4, rtol=1e-4)
+
+
 def test_scattered_new_tokens():
     """New tokens of a request lie anywhere. (With larger pages they cannot: whole pages are handed out.)"""
     case = replace(mla.make_mla_cases(NAME)[0], page_size=1, prefix_lens=(8, 13), extend_lens=(5, 3))

@@ -14,9 +14,10 @@ from sglang.test.kits.attention_unittest.attention_methods import mla_attention 
 from sglang_kit import KitTest
 
 from mla_backend.sglang_adapter import NAME
-from mla_backend.sglang_adapter.backend import SGLangMLABackend
+from mla_backend.sglang_adapter.backend import SGLangMLABackend, _refuse
 from mla_backend.sglang_adapter.draft import MLAMultiStepDraft
 from mla_backend.sglang_adapter.metadata import PageTables
+from mla_backend.sglang_adapter.problem import shares_cache
 
 
 def fixture(mode=ForwardMode.DECODE, *, page_size=16, prefix_lens=(14, 15, 16), extend_lens=()):
@@ -226,3 +227,29 @@ def test_sglang_makes_our_backends_for_drafts():
     made.runner.draft_attention_backend = "nobody"
     with pytest.raises(ValueError, match="nobody"):
         DraftBackendFactory(made.runner, topk=1, speculative_num_steps=3).create_decode_backend()
+
+
+@pytest.mark.parametrize(
+    ("backends", "shared"),
+    [
+        ((NAME, None, None), False),
+        ((None, NAME, NAME), False),
+        ((NAME, "fa3", None), True),
+        ((None, NAME, "fa3"), True),
+    ],
+)
+def test_another_backend_shares_the_cache(backends, shared):
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    assert shares_cache(SimpleNamespace(**dict(zip(names, backends, strict=True)))) is shared
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.5])
+def test_a_scale_matters_only_to_who_shares_the_cache(scale):
+    """SGLang's pool writes fp8 values as they are, and so do we; some of its backends divide by a scale before."""
+    layer = SimpleNamespace(layer_id=3, logit_cap=0.0, sliding_window_size=-1, k_scale_float=scale)
+    _refuse(layer, {}, others_scale=False)
+    if scale == 0.5:
+        with pytest.raises(NotImplementedError, match=r"layer 3: it asks for an fp8 cache with the scale 0\.5 that"):
+            _refuse(layer, {}, others_scale=True)
+    else:
+        _refuse(layer, {}, others_scale=True)

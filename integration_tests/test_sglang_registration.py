@@ -71,11 +71,11 @@ def test_wrong_name(tmp_path, checkpoints):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kv_cache_dtype": "fp8_e4m3"}, "it needs --kv-cache-dtype auto, got torch.float8_e4m3fn"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "it needs --kv-cache-dtype auto, bfloat16, fp8_e4m3, got fp8_e5m2"),
         ({"env": {"MLA_BACKEND_DECODE": "triton_splitkv"}}, "needs a GPU (or TRITON_INTERPRET=1), got cpu"),
         ({"env": {"MLA_BACKEND_DECODE": "fast"}}, "unknown decode kernel 'fast'; choose from auto, "),
     ],
-    ids=["fp8", "kernel-that-cannot", "kernel-that-is-not"],
+    ids=["fp8_e5m2", "kernel-that-cannot", "kernel-that-is-not"],
 )
 def test_refusals(tmp_path, checkpoints, options, reason):
     failed = run_sglang(tmp_path, checkpoints(), [prompts((5,))], fails=True, **options)
@@ -119,16 +119,26 @@ def test_doctor(checkpoints):
     assert warning.startswith("decode is done by triton, ")
 
 
+def test_doctor_of_an_fp8_cache(checkpoints):
+    found = doctor(checkpoints(), "--kv-cache-dtype", "fp8_e4m3")
+    assert found["status"] == 0
+    assert "fp8 cache" in found["facts"]["problem"]
+    assert found["facts"]["cache"].startswith("fp8, 576 bytes a token and layer, 1,152 in 2 layers: ")
+    agree = [one["what"] for one in found["findings"] if one["what"].endswith("agrees with the reference")]
+    assert len(agree) == 5
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--kv-cache-dtype", "fp8_e4m3"], "it needs --kv-cache-dtype auto, got fp8_e4m3"),
+        (["--kv-cache-dtype", "fp8_e5m2"], "it needs --kv-cache-dtype auto, bfloat16, fp8_e4m3, got fp8_e5m2"),
+        (["--kv-cache-dtype", "mxfp8"], "it needs --kv-cache-dtype auto, bfloat16, fp8_e4m3, got mxfp8"),
         (["--no-such-option", "2"], "unrecognized arguments: --no-such-option 2"),
         (["--attention-backend", "fa3"], "these options choose fa3"),
         (["--tp-size", "3"], "--tp-size must divide the model's 4 heads, got 3 ranks"),
         (["--page-size", "0"], "page_size must be 1 token or more, got 0"),
     ],
-    ids=["fp8", "unknown-option", "other-backend", "heads", "pages"],
+    ids=["fp8_e5m2", "mxfp8", "unknown-option", "other-backend", "heads", "pages"],
 )
 def test_doctor_finds_faults(checkpoints, options, reason):
     found = doctor(checkpoints(), "--no-self-test", *options)

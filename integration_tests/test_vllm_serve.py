@@ -165,9 +165,9 @@ def folder(checkpoints):
     ("options", "helpful"),
     [
         (["--attention-backend", "CUSTUM"], ("Unknown attention backend: 'CUSTUM'", "CUSTOM")),
-        ([*OPTIONS, "--kv-cache-dtype", "fp8"], ("auto, float16, bfloat16, got fp8; leave the option out",)),
+        ([*OPTIONS, "--kv-cache-dtype", "fp8_e5m2"], ("fp8, fp8_e4m3, got fp8_e5m2", "or leave the option out")),
     ],
-    ids=["typo", "fp8-cache"],
+    ids=["typo", "fp8_e5m2-cache"],
 )
 def test_mistake_on_the_command_line(folder, tmp_path, options, helpful):
     """Before the first test that needs the server, so that it does not run beside these."""

@@ -16,6 +16,10 @@ CALLS: Counter[tuple[str, str]] = Counter()
 class MLAAttention:
     """Decode, prefill and cache traffic of the layers that share one problem on one device.
 
+    Where `cache_scale` is taken, it is a layer's factor of an fp8 cache: one float32 in a tensor on the device, which
+    kernels read there, so that nobody waits for it and a captured graph sees a new one. None is 1. Other formats have
+    no scale, and it is not read.
+
     problem: what is static. scale: factor of the scores, with whatever the model multiplies into 1/sqrt(P + R).
     operations: those that will be called.
     Raises UnsupportedMLA or ValueError (see mla_kernels.select) when an operation has no kernel.
@@ -40,6 +44,10 @@ class MLAAttention:
         CALLS[operation, self.chosen[operation].kernel.name] += 1
         return self._run[operation](*args, **kwargs)
 
+    def _scaled(self, cache_scale: torch.Tensor | None) -> dict:
+        """Options of a kernel that reads or writes the cache: not every kernel of formats without scale knows one."""
+        return {"cache_scale": cache_scale} if self.problem.layout.format.scaled else {}
+
     def describe(self, *, max_requests: int) -> str:
         """One line: which kernels run, why better ones were refused, and what cache and scratch cost."""
         layout = self.problem.layout
@@ -62,10 +70,10 @@ class MLAAttention:
         """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
         return self.chosen["decode"].kernel.load().workspace(self.problem, self.device, max_requests=max_requests)
 
-    def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T) -> None:
-        self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T)
+    def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None) -> None:
+        self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T, **self._scaled(cache_scale))
 
-    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, *, workspace=None):
+    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, *, workspace=None, cache_scale=None):
         """Absorbed attention. Returns out_TNL in the queries' dtype and float32 natural-log lse_TN."""
         return self._call(
             "decode",
@@ -78,6 +86,7 @@ class MLAAttention:
             query_len=step.query_len,
             query_start_B1=step.query_start_B1,
             workspace=workspace,
+            **self._scaled(cache_scale),
         )
 
     def merge(self, out_TNV, lse_TN, part_TNV, part_lse_TN) -> None:
@@ -100,6 +109,7 @@ class MLAAttention:
         *,
         up_project: Callable[[torch.Tensor], torch.Tensor],
         out_TNV: torch.Tensor,
+        cache_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """New tokens attend causally to each other, then to their cached context, chunk by chunk.
 
@@ -107,10 +117,21 @@ class MLAAttention:
         of its result, the rotary key is one row for all heads.
         """
         keys = self._expand(up_project(kv_latent_TL), k_rope_TR)
-        return self.prefill_expanded(q_TNQ, *keys, cache_AGK, step, up_project=up_project, out_TNV=out_TNV)
+        cached = {"up_project": up_project, "cache_scale": cache_scale}
+        return self.prefill_expanded(q_TNQ, *keys, cache_AGK, step, out_TNV=out_TNV, **cached)
 
     def prefill_expanded(
-        self, q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, cache_AGK, step: PrefillStep, *, up_project, out_TNV
+        self,
+        q_TNQ,
+        k_nope_TNP,
+        k_rope_TNR,
+        v_TNV,
+        cache_AGK,
+        step: PrefillStep,
+        *,
+        up_project,
+        out_TNV,
+        cache_scale=None,
     ) -> torch.Tensor:
         """As `prefill`, for new tokens whose keys and values somebody has expanded."""
         lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
@@ -137,6 +158,7 @@ class MLAAttention:
                 chunk.key_start_B1,
                 rows_SK,
                 max_key_len=chunk.max_key_len,
+                **self._scaled(cache_scale),
             )
             part = self.attend(
                 q_TNQ[chunk.tokens],

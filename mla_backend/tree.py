@@ -55,14 +55,14 @@ class TreeAttention:
         self._context = MLAAttention(many_heads, device, config, scale=scale, operations=("decode",))
         self._ancestors = MLAAttention(single_tokens, device, config, scale=scale, operations=("decode", "merge"))
 
-    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: TreeStep):
+    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: TreeStep, *, cache_scale=None):
         """Returns out_TNL in the queries' dtype and float32 natural-log lse_TN. T counts all tokens of all trees."""
         tokens, heads, _ = q_latent_TNL.shape
         trees = tokens // step.tokens
         together = (x.reshape(trees, step.tokens * heads, x.shape[-1]) for x in (q_latent_TNL, q_rope_TNR))
-        out_BXL, lse_BX = self._context.decode(*together, cache_AGK, step.context)
+        out_BXL, lse_BX = self._context.decode(*together, cache_AGK, step.context, cache_scale=cache_scale)
         out_TNL, lse_TN = out_BXL.reshape(tokens, heads, -1), lse_BX.reshape(tokens, heads)
         single_A1K = cache_AGK.view(-1, 1, cache_AGK.shape[-1])
-        part = self._ancestors.decode(q_latent_TNL, q_rope_TNR, single_A1K, step.ancestors)
+        part = self._ancestors.decode(q_latent_TNL, q_rope_TNR, single_A1K, step.ancestors, cache_scale=cache_scale)
         self._ancestors.merge(out_TNL, lse_TN, *part)
         return out_TNL, lse_TN

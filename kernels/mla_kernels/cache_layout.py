@@ -21,10 +21,12 @@ class CacheFormat:
 
     name: what users and logs call it.
     dtype: torch dtype of the cache tensor as kernels see it.
+    scaled: a value x stands for x * cache_scale, with one factor for a whole layer.
     """
 
     name: str
     dtype: torch.dtype
+    scaled: bool = False
 
     def row_elements(self, geometry: MLAGeometry) -> int:
         """Elements of `dtype` in one row."""
@@ -37,12 +39,13 @@ FORMATS = {
         CacheFormat(name="bf16", dtype=torch.bfloat16),
         CacheFormat(name="fp16", dtype=torch.float16),
         CacheFormat(name="fp32", dtype=torch.float32),
+        CacheFormat(name="fp8", dtype=torch.float8_e4m3fn, scaled=True),
     )
 }
 
 
 def format_of(dtype: torch.dtype) -> CacheFormat:
-    """The format that stores values of `dtype` as they are. Raises ValueError for a dtype without one."""
+    """The format whose cache tensors have this dtype. Raises ValueError for a dtype without one."""
     for candidate in FORMATS.values():
         if candidate.dtype == dtype:
             return candidate

@@ -7,9 +7,10 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+E4M3 = torch.float8_e4m3fn
 
 
-def refusals(device, **dtypes) -> list[str]:
+def refusals(device, *, cache: torch.dtype | None = None, **dtypes) -> list[str]:
     """Why plain Triton kernels cannot run on `device` with these dtypes, given by what users call the tensors."""
     reasons = []
     if not device.runs_triton:
@@ -19,7 +20,14 @@ def refusals(device, **dtypes) -> list[str]:
     for what, dtype in dtypes.items():
         if dtype not in FLOATS:
             reasons.append(f"{what} must be float32, float16 or bfloat16, got {dtype}")
+    if cache not in (None, E4M3, *FLOATS):
+        reasons.append(f"cache must be float32, float16, bfloat16 or float8_e4m3fn, got {cache}")
     return reasons
+
+
+def as_codes(cache_AGK):
+    """An fp8 cache as bytes, since not every GPU's Triton knows the type; any other as it is."""
+    return cache_AGK.view(torch.uint8) if cache_AGK.dtype == E4M3 else cache_AGK
 
 
 def require_adjacent(**tensors) -> None:
@@ -71,3 +79,50 @@ def dot_operand(x, UPCAST: tl.constexpr):
 def dot(a, b, acc):
     """acc + a @ b in float32; float32 operands are not rounded to TF32."""
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_scale(scale_ptr):
+    """The scale of an fp8 cache, 1 where there is none."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def from_cache(x, dtype: tl.constexpr):
+    """What a cache holds, as `dtype`: values as they are, or e4m3 codes (uint8), whose scale is the caller's business.
+
+    Integer arithmetic, for GPUs without fp8 and the interpreter alike. Exponent and mantissa of e4m3 are bits 7 to 13
+    of a float16 that is 2^-8 as large (their biases are 7 and 15), and float16, bfloat16 and float32 hold all of its
+    values.
+    """
+    if x.dtype == tl.uint8:
+        code = x.to(tl.int16)
+        magnitude = code & 0x7F
+        bits = ((code & 0x80) << 8) | (magnitude << 7)
+        bits = tl.where(magnitude == 0x7F, 0x7E00, bits)  # NaN, the only code that is no number
+        x = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return x.to(dtype)
+
+
+@triton.jit
+def to_cache(x, scale, dtype: tl.constexpr):
+    """`x` as a cache of `dtype` holds it; uint8 is e4m3 codes of x / scale: to nearest, ties to even, at most 448.
+
+    Integer arithmetic as in `from_cache`; the interpreter's own conversion is off by one for some values.
+    """
+    if dtype == tl.uint8:
+        bits = tl.div_rn(x.to(tl.float32), scale).to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # From 2^-6 on: the upper 7 bits below the sign with another bias, after rounding by those below.
+        code = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+        code = tl.minimum(code, 0x7E)
+        # Below, codes count multiples of 2^-9, which is what the last bit of a float32 from 2^14 on stands for.
+        small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xFF
+        code = tl.where(magnitude < 0x3C800000, small, code)
+        code = tl.where(magnitude > 0x7F800000, 0x7F, code)  # NaN
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        return x.to(dtype)

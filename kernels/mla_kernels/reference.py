@@ -12,6 +12,8 @@ Edges, decided here and nowhere else:
   * LSE is the natural logarithm of the sum of exponentials of the scaled scores, float32.
   * A query row that sees no key gives zeros and -inf, so that merging it with anything changes nothing.
   * Query tokens are the last of their sequence: token i of m sees keys 0 .. seq_len - m + i.
+  * In an fp8 cache (e4m3) a value x stands for x * cache_scale; no scale is 1. What is written is divided by the scale
+    in float32 and rounded to nearest, ties to even; beyond the largest, 448, it becomes 448, and NaN stays NaN.
 """
 
 import torch
@@ -41,32 +43,55 @@ def _starts(query_start_B1, query_len: int, batch: int) -> list[int]:
     return query_start_B1.tolist()
 
 
-def _rows_of(cache_AGK, pages_M, first: int, last: int):
-    """Cache rows first .. last - 1 of a request, [last - first, K]."""
+def _rows_of(cache_AGK, pages_M, first: int, last: int, acc: torch.dtype, cache_scale):
+    """What cache rows first .. last - 1 of a request stand for, [last - first, K], in dtype `acc`."""
     page_size = cache_AGK.shape[1]
     token = torch.arange(first, last, device=cache_AGK.device)
-    return cache_AGK[pages_M[token // page_size].long(), token % page_size]
+    row_SK = cache_AGK[pages_M[token // page_size].long(), token % page_size].to(acc)
+    return row_SK if cache_scale is None else row_SK * cache_scale
 
 
-def decode(q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, *, scale, query_len=1, query_start_B1=None):
+def _stored(x, dtype: torch.dtype, cache_scale):
+    """`x` as a cache of `dtype` holds it."""
+    if dtype != torch.float8_e4m3fn:
+        return x.to(dtype)
+    x = x.float() if cache_scale is None else x.float() / cache_scale
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
+
+
+def decode(
+    q_latent_TNL,
+    q_rope_TNR,
+    cache_AGK,
+    block_table_BM,
+    seq_lens_B,
+    *,
+    scale,
+    query_len=1,
+    query_start_B1=None,
+    cache_scale=None,
+):
     """Absorbed attention over the paged latent cache (DeepSeek-V2, arXiv 2405.04434, eq. 9-19 and appendix C).
 
     q_latent_TNL, q_rope_TNR: query, its nope part already multiplied by the key up-projection.
     block_table_BM: page numbers, int32; entries past a sequence's end may hold anything.
     seq_lens_B: cached tokens of each request, its query tokens included.
     query_len: query tokens of every request, or the most of any when `query_start_B1` says where each begins.
+    cache_scale: of an fp8 cache, one float32 in a tensor on its device, or None.
     Returns out_TNL in the query's dtype and lse_TN. Rows that no request owns are zeros and -inf.
     """
     width = q_latent_TNL.shape[-1]
     out_TNL = torch.zeros_like(q_latent_TNL)
-    lse_TN = q_latent_TNL.new_full(q_latent_TNL.shape[:2], -torch.inf, dtype=_accumulator(q_latent_TNL.dtype))
+    acc = _accumulator(q_latent_TNL.dtype)
+    lse_TN = q_latent_TNL.new_full(q_latent_TNL.shape[:2], -torch.inf, dtype=acc)
     start = _starts(query_start_B1, query_len, len(seq_lens_B))
     for b, seq_len in enumerate(seq_lens_B.tolist()):
         mine = slice(start[b], start[b + 1])
         tokens = mine.stop - mine.start
         if seq_len == 0 or tokens == 0:
             continue
-        row_SNK = _rows_of(cache_AGK, block_table_BM[b], 0, seq_len)[:, None]
+        row_SNK = _rows_of(cache_AGK, block_table_BM[b], 0, seq_len, acc, cache_scale)[:, None]
         q_MNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1)
         row_SNK = row_SNK.expand(-1, q_MNK.shape[1], -1)
         out_TNL[mine], lse_TN[mine] = _attend(q_MNK, row_SNK, row_SNK[..., :width], scale, seq_len - tokens)
@@ -94,27 +119,32 @@ def prefill(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, 
     return out_TNV, lse_TN
 
 
-def cache_write(kv_latent_TL, k_rope_TR, cache_AGK, slots_T):
+def cache_write(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     """Write token t's row `[latent | rope]` at slot page * page_size + offset. Slots outside the pool (-1) are
-    skipped."""
+    skipped.
+
+    cache_scale: of an fp8 cache, one float32 in a tensor on its device, or None.
+    """
     pages, page_size, _ = cache_AGK.shape
     width = kv_latent_TL.shape[-1]
     for t, slot in enumerate(slots_T.tolist()):
         if 0 <= slot < pages * page_size:
             row = cache_AGK[slot // page_size, slot % page_size]
-            row[:width] = kv_latent_TL[t].to(row.dtype)
-            row[width:] = k_rope_TR[t].to(row.dtype)
+            row[:width] = _stored(kv_latent_TL[t], row.dtype, cache_scale)
+            row[width:] = _stored(k_rope_TR[t], row.dtype, cache_scale)
 
 
-def cache_gather(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len):
+def cache_gather(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len, cache_scale=None):
     """Copy cached rows of each request side by side, converted to the dtype of `out_SK`.
 
     Request b's rows starts[b] .. go to out_SK[key_start[b] : key_start[b + 1]]; other rows of out_SK stay as they are.
+    cache_scale: of an fp8 cache, one float32 in a tensor on its device, or None.
     """
+    acc = _accumulator(out_SK.dtype)
     key_start = key_start_B1.tolist()
     for b, first in enumerate(starts_B.tolist()):
         count = key_start[b + 1] - key_start[b]
-        rows = _rows_of(cache_AGK, block_table_BM[b], first, first + count)
+        rows = _rows_of(cache_AGK, block_table_BM[b], first, first + count, acc, cache_scale)
         out_SK[key_start[b] : key_start[b + 1]] = rows.to(out_SK.dtype)
     return out_SK
 

@@ -152,6 +152,8 @@ def make_decode(
     page_size: int = 16,
     page_gap: int = 0,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    cache_scale: float | None = None,
     needles: bool = True,
     seed: int = 0,
     device: str = "cpu",
@@ -159,6 +161,7 @@ def make_decode(
     """Paged decode inputs that punish mistakes; see the top of this file.
 
     query_lens: the same number for every request, or one number each (ragged).
+    cache_dtype: that of the queries unless it is given.   cache_scale: what an fp8 cache is multiplied with.
     """
     g = _generator(seed)
     scale = geometry.softmax_scale
@@ -176,13 +179,16 @@ def make_decode(
     cache, table = make_pool(rows, geometry.latent_dim, page_size=page_size, generator=g, page_gap=page_gap)
     q_latent, q_rope = q.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
     options = {"scale": scale, "query_len": max([1, *lens])}
+    if cache_scale is not None:
+        cache /= cache_scale
+        options["cache_scale"] = torch.tensor([cache_scale], device=device)
     if ragged:
         starts = torch.tensor([0, *lens]).cumsum(0)
         options["query_start_B1"] = starts.to(device=device, dtype=torch.int32)
     arrays = (
         q_latent.to(device=device, dtype=dtype),
         q_rope.to(device=device, dtype=dtype),
-        _to(cache, dtype, device),
+        _to(cache, cache_dtype or dtype, device),
         table.to(device),
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
     )

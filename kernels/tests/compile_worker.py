@@ -48,7 +48,7 @@ SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged. Heads, pages, rope, dtype and
 # ragged change the code: every value of each is here. Pages below 64 tokens take several boxes for a block, those above
 # begin inside one, and 1 and 48 are gathered row by row.
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 GLUON_SM90 = (
     (16, 1, 64, 64, BF16),
     (16, 4, 64, 64, FP16),
@@ -118,13 +118,19 @@ def launch_case(run, case):
     run(*case.arrays, **case.options)
 
 
-def launch_decode(run, geometry, dtype, every: bool):
+def _is_scaled(dtype, cache_dtype) -> bool:
+    """With a scale and without one are two variants; which queries go with which does not matter."""
+    return cache_dtype == FP8 and dtype == BF16
+
+
+def launch_decode(run, geometry, dtype, cache_dtype, every: bool):
+    options = {"page_size": 64, "dtype": dtype, "cache_dtype": cache_dtype, "needles": False}
+    options["cache_scale"] = 0.5 if _is_scaled(dtype, cache_dtype) else None
     for query_len in (1, MAX_QUERY_LEN) if every else (1,):
-        case = make_decode(geometry, [70, 1], query_lens=query_len, page_size=64, dtype=dtype, needles=False)
-        launch_case(run, case)
+        launch_case(run, make_decode(geometry, [70, 1], query_lens=query_len, **options))
 
 
-def launch_prefill(run, geometry, dtype, every: bool):
+def launch_prefill(run, geometry, dtype, cache_dtype, every: bool):
     for causal in (True, False) if every else (True,):
         case = make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False)
         launch_case(run, case)
@@ -135,19 +141,26 @@ def _pool(geometry, dtype):
     return cache.to(dtype), table
 
 
-def launch_cache_write(run, geometry, dtype, every: bool):
-    cache, _ = _pool(geometry, dtype)
-    rows = torch.zeros(3, geometry.latent_dim, dtype=dtype)
-    run(*rows.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1), cache, torch.zeros(3, dtype=torch.int64))
+def _scaled(dtype, cache_dtype) -> dict:
+    return {"cache_scale": torch.ones(1)} if _is_scaled(dtype, cache_dtype) else {}
 
 
-def launch_cache_gather(run, geometry, dtype, every: bool):
-    cache, table = _pool(geometry, dtype)
+def launch_cache_write(run, geometry, dtype, cache_dtype, every: bool):
+    cache, _ = _pool(geometry, cache_dtype)
+    rows = torch.zeros(3, geometry.latent_dim, dtype=dtype).split(
+        [geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1
+    )
+    run(*rows, cache, torch.zeros(3, dtype=torch.int64), **_scaled(dtype, cache_dtype))
+
+
+def launch_cache_gather(run, geometry, dtype, cache_dtype, every: bool):
+    cache, table = _pool(geometry, cache_dtype)
     starts = torch.tensor([0], dtype=torch.int32), torch.tensor([0, 20], dtype=torch.int32)
-    run(cache, table, *starts, torch.zeros(20, geometry.latent_dim, dtype=dtype), max_key_len=20)
+    out = torch.zeros(20, geometry.latent_dim, dtype=dtype)
+    run(cache, table, *starts, out, max_key_len=20, **_scaled(dtype, cache_dtype))
 
 
-def launch_merge(run, geometry, dtype, every: bool):
+def launch_merge(run, geometry, dtype, cache_dtype, every: bool):
     out = torch.zeros(2, geometry.num_heads, geometry.v_head_dim, dtype=dtype)
     lse = torch.zeros(2, geometry.num_heads)
     run(out, lse, out.clone(), lse.clone())
@@ -223,8 +236,8 @@ def faults(row: dict) -> list[str]:
     return wrong
 
 
-def problem_of(geometry: MLAGeometry, dtype: torch.dtype, page_size: int) -> Problem:
-    layout = CacheLayout(geometry=geometry, format=format_of(dtype), page_size=page_size)
+def problem_of(geometry: MLAGeometry, dtype: torch.dtype, page_size: int, cache_dtype=None) -> Problem:
+    layout = CacheLayout(geometry=geometry, format=format_of(cache_dtype or dtype), page_size=page_size)
     return Problem(layout=layout, dtype=dtype, max_query_len=MAX_QUERY_LEN)
 
 
@@ -246,8 +259,12 @@ def variants(operation: str, kernel: str):
             num_heads=heads, kv_lora_rank=latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
         launch = globals()[f"launch_{operation}"]
-        for dtype in (BF16, FP16, torch.float32) if every else (BF16,):
-            yield name, problem_of(geometry, dtype, 16), partial(launch, geometry=geometry, dtype=dtype, every=every)
+        dtypes = [(one, one) for one in ((BF16, FP16, torch.float32) if every else (BF16,))]
+        if "merge" not in kernel and operation != "prefill":  # those know nothing of the cache
+            dtypes += [(one, FP8) for one, _ in dtypes]
+        for dtype, cache_dtype in dtypes:
+            problem = problem_of(geometry, dtype, 16, cache_dtype)
+            yield name, problem, partial(launch, geometry=geometry, dtype=dtype, cache_dtype=cache_dtype, every=every)
 
 
 def compile_kernel(operation: str, kernel, device: Device):
@@ -255,6 +272,7 @@ def compile_kernel(operation: str, kernel, device: Device):
     kernel.load().device_of = lambda where: device
     for name, problem, launch in variants(operation, kernel.name):
         row = {"operation": operation, "kernel": kernel.name, "variant": name, "dtype": str(problem.dtype)}
+        row["cache"] = problem.layout.format.name
         row["page_size"] = problem.layout.page_size
         if reasons := kernel.unsupported(problem, device):
             yield {**row, "refused": reasons}

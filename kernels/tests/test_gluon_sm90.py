@@ -41,6 +41,7 @@ TOO_MANY_ROWS = {"num_heads": 128, "max_query_len": 67}
             ["needs a GPU: Triton's interpreter does not run Gluon"],
         ),
         (problem_for(dtype=torch.float32), H200, [f"{DTYPES} torch.float32 and torch.float32"]),
+        (problem_for(cache=torch.float8_e4m3fn), H200, [f"{DTYPES} torch.bfloat16 and torch.float8_e4m3fn"]),
         (problem_for(cache=torch.float16), H200, [f"{DTYPES} torch.bfloat16 and torch.float16"]),
         (problem_for(kv_lora_rank=256), H200, ["needs latent 512 + rope 64 or 0, got 256 + 64"]),
         (problem_for(qk_rope_head_dim=32), H200, ["needs latent 512 + rope 64 or 0, got 512 + 32"]),

@@ -138,21 +138,24 @@ def test_scratch_is_not_overrun():
         assert (workspace[1][shapes[1][0][0] // 2 :] != -7).any(), "the second half is needed too"
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "device",
     [Device("cuda", 90, "H200", 132), Device("cuda", 89, "L4", 58), Device("hip", "gfx942", "MI300X", 304)],
     ids=lambda d: d.name,
 )
-def test_scratch_suffices_for_every_query_length(device, dtype):
+def test_scratch_suffices_for_every_query_length(device, dtype, fp8):
     """A server reserves once, for the most query tokens; every step with fewer must fit."""
     from mla_kernels.decode import triton_splitkv
 
     for heads in (1, 2, 5, 8, 12, 16, 20, 64, 128):
         for most in (1, 2, 4, 9, 16):
-            layout = CacheLayout(geometry=geometry(heads, 512, 64), format=format_of(dtype), page_size=64)
+            cache_format = format_of(torch.float8_e4m3fn if fp8 else dtype)
+            layout = CacheLayout(geometry=geometry(heads, 512, 64), format=cache_format, page_size=64)
             problem = Problem(layout=layout, dtype=dtype, max_query_len=most)
             reserved = triton_splitkv.workspace(problem, device, max_requests=8)[1][0][0]
             for query_len in range(1, most + 1):
-                needed = triton_splitkv._scratch_rows(query_len * heads, layout.row_elements, dtype.itemsize, device)
+                sizes = (query_len * heads, layout.row_elements, dtype.itemsize, device, fp8)
+                needed = triton_splitkv._scratch_rows(*sizes)
                 assert needed <= reserved, (heads, most, query_len)

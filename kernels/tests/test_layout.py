@@ -39,7 +39,7 @@ def test_impossible_geometry_names_every_wrong_number():
     assert "nope" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "row_bytes"), [("bf16", 1152), ("fp16", 1152), ("fp32", 2304)])
+@pytest.mark.parametrize(("name", "row_bytes"), [("bf16", 1152), ("fp16", 1152), ("fp32", 2304), ("fp8", 576)])
 def test_deepseek_v3_bytes_a_token_and_layer(name, row_bytes):
     assert layout(name=name).row_bytes == row_bytes
     assert layout(64, name).page_bytes == 64 * row_bytes

@@ -8,11 +8,24 @@ from mla_kernels import Problem, Selection, reference
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode, make_prefill
 
 SEQ_LENS = [130, 1, 65]  # on both sides of pages and tiles
+SCALE = 0.3  # of a cache that has one
+
+
+def _scaled(problem: Problem, where: str) -> dict:
+    return {"cache_scale": torch.tensor([SCALE], device=where)} if problem.layout.format.scaled else {}
 
 
 def _decode(selection: Selection, problem: Problem, where: str) -> None:
-    page_size = problem.layout.page_size
-    case = make_decode(problem.geometry, SEQ_LENS, page_size=page_size, dtype=problem.dtype, device=where)
+    layout = problem.layout
+    case = make_decode(
+        problem.geometry,
+        SEQ_LENS,
+        page_size=layout.page_size,
+        dtype=problem.dtype,
+        cache_dtype=layout.format.dtype,
+        cache_scale=SCALE if layout.format.scaled else None,
+        device=where,
+    )
     out, lse = selection.kernel.run(*case.arrays, **case.options)
     wanted, wanted_lse = case.reference()
     assert_matches("lse", lse, wanted_lse, LSE_TOLERANCE)
@@ -39,9 +52,9 @@ def _cache_write(selection: Selection, problem: Problem, where: str) -> None:
     rows, latent, rope = _rows(problem, where, shape[1] + 2)
     slots = torch.arange(len(rows), device=where).flip(0)
     slots[1] = -1  # padding
-    selection.kernel.run(latent, rope, got, slots)
-    reference.cache_write(latent, rope, wanted, slots)
-    assert torch.equal(got, wanted), "rows are not where they belong"
+    selection.kernel.run(latent, rope, got, slots, **_scaled(problem, where))
+    reference.cache_write(latent, rope, wanted, slots, **_scaled(problem, where))
+    assert torch.equal(got.float(), wanted.float()), "rows are not where they belong"
 
 
 def _cache_gather(selection: Selection, problem: Problem, where: str) -> None:
@@ -52,8 +65,9 @@ def _cache_gather(selection: Selection, problem: Problem, where: str) -> None:
     starts = torch.tensor([1], dtype=torch.int32, device=where)
     ends = torch.tensor([0, layout.page_size], dtype=torch.int32, device=where)
     got, wanted = torch.zeros_like(rows[: layout.page_size]), torch.zeros_like(rows[: layout.page_size])
-    selection.kernel.run(cache, table, starts, ends, got, max_key_len=layout.page_size)
-    reference.cache_gather(cache, table, starts, ends, wanted, max_key_len=layout.page_size)
+    options = {"max_key_len": layout.page_size, **_scaled(problem, where)}
+    selection.kernel.run(cache, table, starts, ends, got, **options)
+    reference.cache_gather(cache, table, starts, ends, wanted, **options)
     assert torch.equal(got, wanted), "other rows than the cache holds"
 
 

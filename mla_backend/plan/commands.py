@@ -55,6 +55,7 @@ def plan(
     gpu: Annotated[
         str, typer.Option(metavar="ARCH", help="Say which kernels run there: sm_90, sm_80, gfx942, cpu.")
     ] = "sm_90",
+    cache: Annotated[str, typer.Option(metavar="FORMAT", help="Of the cache there: bf16, fp16, fp32, fp8.")] = "bf16",
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it.")] = None,
 ) -> None:
@@ -76,7 +77,7 @@ def plan(
             bytes_per_s=bandwidth * 1e12,
         )
         found = rows(model, gpus, context)
-        chosen = kernels(model, gpu, tp)
+        chosen = kernels(model, gpu, tp, cache)
     except ValueError as error:
         raise fail(error) from None
     if plot:
@@ -85,14 +86,14 @@ def plan(
         draw(model, gpus, found, plot)
     if json:
         parts = {"model": dataclasses.asdict(model), "gpus": dataclasses.asdict(gpus), "context": context}
-        parts |= {"rows": [dataclasses.asdict(row) for row in found], "kernels": {"gpu": gpu, **chosen}}
+        parts |= {"rows": [dataclasses.asdict(row) for row in found], "kernels": {"gpu": gpu, "cache": cache, **chosen}}
         typer.echo(json_module.dumps(parts, indent=2))
         return
     from rich.console import Console
 
     console = Console(width=120, highlight=False)
     console.print(table(model, gpus, found, context))
-    console.print(f"On {gpu}, bf16, pages of {PAGE}:")
+    console.print(f"On {gpu}, {cache} cache, pages of {PAGE}:")
     for operation, kernel in chosen.items():
         console.print(f"  {operation}: {kernel}")
     if not gpus.weight_bytes:

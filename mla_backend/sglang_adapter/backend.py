@@ -17,7 +17,7 @@ from mla_backend.sglang_adapter.metadata import (
     is_tree,
     visible_in_tree,
 )
-from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem
+from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem, shares_cache
 from mla_backend.steps import DecodeStep
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 
@@ -37,6 +37,7 @@ class SGLangMLABackend(AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         self.data_type = self.kv_cache_dtype = runner.kv_cache_dtype
         self._draft_tokens = facts.draft_tokens
+        self._others_scale = self.problem.layout.format.scaled and shares_cache(facts.arguments)
         device, config = facts.device, MLABackendConfig.from_environment()
         # Made once for all layers with one scale, which SGLang tells with a layer's first call.
         self._attention = cache(partial(MLAAttention, self.problem, device, config))
@@ -83,7 +84,7 @@ class SGLangMLABackend(AttentionBackend):
             self.forward_metadata = extend_metadata(
                 forward_batch,
                 self.tables,
-                self.problem.layout,
+                self.problem,
                 most_keys=min(CONTEXT_CHUNK, forward_batch.get_max_chunk_capacity()),
             )
 
@@ -176,13 +177,13 @@ class SGLangMLABackend(AttentionBackend):
     # Layers.
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
-        _refuse(layer, others)
+        _refuse(layer, others, others_scale=self._others_scale)
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch, *self._split(k, k_rope))
         return self._attend_latent(q, q_rope, layer, self.forward_metadata)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, q_rope=None, k_rope=None, **others):
-        _refuse(layer, others)
+        _refuse(layer, others, others_scale=self._others_scale)
         if not self._is_absorbed(layer):
             return self._attend_expanded(q, k, v, layer, forward_batch)
         if save_kv_cache and k is not None:
@@ -255,7 +256,10 @@ class SGLangMLABackend(AttentionBackend):
         return x.view(-1, *heads, geometry.latent_dim).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
 
     def _cache(self, layer) -> torch.Tensor:
-        """The layer's rows of SGLang's pool [slots, 1, K] as pages."""
+        """The layer's rows of SGLang's pool [slots, 1, K] as pages.
+
+        In fp8 they are values as they are: so SGLang's pool writes them, whatever scale a checkpoint names.
+        """
         layout = self.problem.layout
         rows = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         pages = len(rows) // layout.page_size
@@ -278,9 +282,15 @@ def _say_once(what: str) -> None:
     logger.info("mla_backend %s: %s", version("mla-backend"), what)
 
 
-def _refuse(layer, others: dict) -> None:
-    """Raise NotImplementedError for what SGLang may ask of a layer and we would otherwise silently leave out."""
+def _refuse(layer, others: dict, *, others_scale: bool) -> None:
+    """Raise NotImplementedError for what SGLang may ask of a layer and we would otherwise silently leave out.
+
+    others_scale: another backend reads or writes the same fp8 cache, and may divide by a checkpoint's scale; we do not.
+    """
     asked = {name: value for name, value in others.items() if value is not None}
+    scale = getattr(layer, "k_scale_float", None)
+    if others_scale and scale not in (None, 1.0):
+        asked[f"an fp8 cache with the scale {scale} that another backend shares"] = scale
     if layer.logit_cap:
         asked["logit_cap"] = layer.logit_cap
     if layer.sliding_window_size > -1:

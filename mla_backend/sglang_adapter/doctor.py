@@ -64,6 +64,7 @@ def _facts(arguments, model_config, device: Device):
 
     cache_dtype = arguments.kv_cache_dtype
     own = {"auto": model_config.dtype, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    own["fp8_e4m3"] = torch.float8_e4m3fn  # on a GPU of AMD that has another one, SGLang takes that; then we refuse
     replicas = arguments.dp_size if getattr(arguments, "enable_dp_attention", False) else 1
     ranks = arguments.tp_size // replicas
     if model_config.num_attention_heads % ranks:

@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 
 from mla_backend.steps import DecodeStep, PrefillStep, plan_context
-from mla_kernels import CacheLayout
+from mla_kernels import Problem
 
 
 class PageTables:
@@ -56,12 +56,12 @@ class PageTables:
 class ExtendMetadata:
     """A batch of requests that bring any number of new tokens: what either way of attending to it needs.
 
-    layout: of the cache.  query_lens, context_lens: new and cached tokens of each request.
+    problem: of all layers.  query_lens, context_lens: new and cached tokens of each request.
     query_start_B1: int32, where each request's new tokens begin.  block_table_BM: over old and new tokens.
     seq_lens_B: int32, all tokens of each request.  most_keys: rows that a chunk of context may have.
     """
 
-    layout: CacheLayout
+    problem: Problem
     query_lens: list[int]
     context_lens: list[int]
     query_start_B1: torch.Tensor
@@ -84,8 +84,8 @@ class ExtendMetadata:
         chunks = plan_context(self.query_lens, self.context_lens, most_keys=self.most_keys, device=device)
         gathered = None
         if chunks:
-            shape = (max(chunk.num_keys for chunk in chunks), self.layout.row_elements)
-            gathered = torch.empty(shape, dtype=self.layout.format.dtype, device=device)
+            shape = (max(chunk.num_keys for chunk in chunks), self.problem.layout.row_elements)
+            gathered = torch.empty(shape, dtype=self.problem.dtype, device=device)  # an up-projection follows
         return PrefillStep(
             query_start_B1=self.query_start_B1,
             max_query_len=max(self.query_lens),
@@ -95,14 +95,14 @@ class ExtendMetadata:
         )
 
 
-def extend_metadata(forward_batch, tables: PageTables, layout: CacheLayout, *, most_keys: int) -> ExtendMetadata:
+def extend_metadata(forward_batch, tables: PageTables, problem: Problem, *, most_keys: int) -> ExtendMetadata:
     """Metadata of a plain or mixed extend, whose lengths SGLang's scheduler knows on the host."""
     query_lens, context_lens = list(forward_batch.extend_seq_lens_cpu), list(forward_batch.extend_prefix_lens_cpu)
     longest = max(new + old for new, old in zip(query_lens, context_lens, strict=True))
     starts = torch.zeros(len(query_lens) + 1, dtype=torch.int32, device=forward_batch.seq_lens.device)
     torch.cumsum(forward_batch.extend_seq_lens, 0, out=starts[1:])
     return ExtendMetadata(
-        layout=layout,
+        problem=problem,
         query_lens=query_lens,
         context_lens=context_lens,
         query_start_B1=starts,

@@ -12,6 +12,7 @@ from mla_kernels import FORMATS, CacheLayout, Device, MLAGeometry, Problem, Unsu
 
 SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
 ANY_KERNEL = MLABackendConfig()
+CACHE_OPTIONS = ("auto", "bfloat16", "fp8_e4m3")  # of --kv-cache-dtype
 CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values())
 
 
@@ -73,6 +74,13 @@ def text_config(model_config):
     return getattr(model_config, "hf_text_config", None) or model_config.hf_config
 
 
+def shares_cache(arguments) -> bool:
+    """Whether another backend than ours does a part of the work, so that both read and write one cache."""
+    both = getattr(arguments, "attention_backend", None)
+    parts = (getattr(arguments, f"{work}_attention_backend", None) or both for work in ("prefill", "decode"))
+    return any(backend not in (None, NAME) for backend in parts)
+
+
 def _refusals(facts: Facts):
     if not facts.is_mla:
         change = "name another --speculative-draft-attention-backend" if facts.is_draft else "leave the option out"
@@ -80,8 +88,11 @@ def _refusals(facts: Facts):
     missing = family_of(text_config(facts.model_config)).missing
     if missing:
         yield f"the model needs {missing}, and mla_backend has none yet"
-    if facts.kv_cache_dtype not in CACHE_DTYPES:
-        yield f"it needs --kv-cache-dtype auto, got {facts.kv_cache_dtype}"
+    option = getattr(facts.arguments, "kv_cache_dtype", None)  # mxfp8 has the dtype of fp8_e4m3 and other rows
+    unknown_option = option not in (None, "bf16", *CACHE_OPTIONS)
+    if unknown_option or facts.kv_cache_dtype not in CACHE_DTYPES:
+        got = option if unknown_option else facts.kv_cache_dtype
+        yield f"it needs --kv-cache-dtype {', '.join(CACHE_OPTIONS)}, got {got}"
     for option, default in (("dcp_size", 1), ("attn_cp_size", 1), ("enable_two_batch_overlap", False)):
         value = getattr(facts.arguments, option, None)
         if value not in (None, default):

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
@@ -13,16 +14,25 @@ from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
 from mla_backend.vllm_adapter.model_types import not_served_as_mla
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")  # of --kv-cache-dtype
+OTHER_FP8 = {
+    "fp8_e5m2": "values of another format, with a bit less",
+    "fp8_ds_mla": "rows of 656 bytes with a scale for each 128 values, for sparse MLA",
+}
 PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
 
 
 def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torch.dtype:
     """Torch dtype that vLLM's `--kv-cache-dtype` stands for. Raises ValueError for one that we do not have."""
-    own = {"auto": model_dtype, None: model_dtype, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if kv_cache_dtype not in own:
-        wanted = ", ".join(str(name) for name in own if name)
-        raise ValueError(f"mla_backend takes --kv-cache-dtype {wanted}, got {kv_cache_dtype}; leave the option out")
-    return own[kv_cache_dtype]
+    if kv_cache_dtype not in (None, *CACHE_DTYPES):
+        what = f" ({OTHER_FP8[kv_cache_dtype]})" if kv_cache_dtype in OTHER_FP8 else ""
+        raise ValueError(
+            f"mla_backend takes --kv-cache-dtype {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype}{what}; "
+            "name one of them, or leave the option out"
+        )
+    own = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    own |= dict.fromkeys(("fp8", "fp8_e4m3"), current_platform.fp8_dtype())
+    return own.get(kv_cache_dtype, model_dtype)
 
 
 def layer_geometry(layer) -> MLAGeometry:
@@ -76,6 +86,8 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
         reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
     if vllm_config.parallel_config.use_ubatching:
         reasons.append("mla_backend has not been run with overlapping micro-batches; leave out --enable-dbo")
+    if getattr(vllm_config.attention_config, "use_prefill_query_quantization", False):
+        reasons.append("mla_backend multiplies in the model's dtype; leave out -ac.use_prefill_query_quantization")
     if page_size is not None and page_size % PAGE_MULTIPLE:
         reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
@@ -96,7 +108,7 @@ class MLABackend(MLACommonBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     # vLLM checks this list first; `refusals` says more about what is not on it.
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(CACHE_DTYPES)
 
     @staticmethod
     def get_name() -> str:

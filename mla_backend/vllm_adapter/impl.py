@@ -67,13 +67,28 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             return
         slots = slot_mapping.flatten()
         tokens = min(len(slots), len(kv_c_normed))  # either may be padded for a graph
-        self.attention.write(kv_c_normed[:tokens], k_pe[:tokens].flatten(1), kv_cache, slots[:tokens])
+        self.attention.write(
+            kv_c_normed[:tokens],
+            k_pe[:tokens].flatten(1),
+            self._pages(kv_cache),
+            slots[:tokens],
+            cache_scale=None if skip_scale else k_scale,
+        )
+
+    def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The cache in its own dtype: vLLM hands over an fp8 cache as bytes where it is written."""
+        return kv_cache.view(self.attention.problem.layout.format.dtype) if kv_cache.dtype == torch.uint8 else kv_cache
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, layer):
         if not isinstance(q, tuple):
             q = q.split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
-        step = attn_metadata.decode.step
-        return self.attention.decode(*q, kv_c_and_k_pe_cache, step, workspace=self._scratch())
+        return self.attention.decode(
+            *q,
+            self._pages(kv_c_and_k_pe_cache),
+            attn_metadata.decode.step,
+            workspace=self._scratch(),
+            cache_scale=layer._k_scale if self.attention.problem.layout.format.scaled else None,
+        )
 
     def forward_mha(
         self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, k_scale, output, output_scale=None
@@ -85,9 +100,10 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             q,
             kv_c_normed,
             k_pe.flatten(1),
-            kv_c_and_k_pe_cache,
+            self._pages(kv_c_and_k_pe_cache),
             attn_metadata.prefill_step,
             up_project=self._up_project,
+            cache_scale=k_scale,
             out_TNV=output.view(-1, self.num_heads, self.v_head_dim),
         )
 

@@ -2,14 +2,15 @@
 
 One program for a few tokens of a request:
   1. find their pages in the block table; tokens past the request's last are skipped;
-  2. copy their rows, a block of columns at a time, converted to the dtype of the output.
+  2. copy their rows, a block of columns at a time, converted to the dtype of the output, those of an fp8 cache times
+     its scale.
 """
 
 import triton
 import triton.language as tl
 
 from mla_kernels.device import Device
-from mla_kernels.primitives import refusals, require_adjacent
+from mla_kernels.primitives import as_codes, from_cache, load_scale, refusals, require_adjacent
 
 # Shape suffixes: S output rows, B requests, A pages in the pool, G tokens a page, K values a row, M pages a request.
 
@@ -23,7 +24,7 @@ def unsupported(problem, device: Device) -> list[str]:
 
 @triton.jit(do_not_specialize_on_alignment=["block_table_ptr", "starts_ptr", "key_start_ptr"])
 def _gather_kernel(
-    cache_ptr, block_table_ptr, starts_ptr, key_start_ptr, out_ptr,
+    cache_ptr, block_table_ptr, starts_ptr, key_start_ptr, scale_ptr, out_ptr,
     stride_page, stride_row, stride_table, stride_out,
     K: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -36,20 +37,22 @@ def _gather_kernel(
     page = tl.load(block_table_ptr + request.to(tl.int64) * stride_table + token // PAGE, mask=real, other=0)
     row_ptr = cache_ptr + (page.to(tl.int64) * stride_page + token % PAGE * stride_row)[:, None]
     out_ptr += ((first_out + s).to(tl.int64) * stride_out)[:, None]
+    scale = load_scale(scale_ptr)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
-        x = tl.load(row_ptr + k, mask=real[:, None] & (k < K), other=0.0)
+        x = tl.load(row_ptr + k, mask=real[:, None] & (k < K), other=0)
+        x = from_cache(x, tl.float32) * scale
         tl.store(out_ptr + k, x.to(out_ptr.dtype.element_ty), mask=real[:, None] & (k < K))
 
 
-def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len):
+def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len, cache_scale=None):
     """Same contract as reference.cache_gather. max_key_len: most rows of any request."""
     require_adjacent(cache=cache_AGK, out=out_SK, block_table=block_table_BM)
     B = len(starts_B)
     if max_key_len == 0 or B == 0:
         return out_SK
     _gather_kernel[(triton.cdiv(max_key_len, _TOKENS), B)](
-        cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK,
+        as_codes(cache_AGK), block_table_BM, starts_B, key_start_B1, cache_scale, out_SK,
         cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), out_SK.stride(0),
         K=cache_AGK.shape[2], PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS, num_warps=4,
     )  # fmt: skip

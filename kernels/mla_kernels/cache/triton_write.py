@@ -3,14 +3,15 @@
 One program for a few tokens:
   1. read their slots; a slot outside the pool is skipped;
   2. find page and offset, and the address, in 64 bits;
-  3. copy the latent, then the rotary key behind it, converted to the dtype of the cache.
+  3. copy the latent, then the rotary key behind it, converted to the dtype of the cache, for fp8 divided by its scale
+     before.
 """
 
 import triton
 import triton.language as tl
 
 from mla_kernels.device import Device
-from mla_kernels.primitives import refusals, require_adjacent
+from mla_kernels.primitives import as_codes, load_scale, refusals, require_adjacent, to_cache
 
 # Shape suffixes: T new tokens, A pages in the pool, G tokens a page, L latent, R rope, K = L + R.
 
@@ -23,7 +24,7 @@ def unsupported(problem, device: Device) -> list[str]:
 
 @triton.jit(do_not_specialize=["tokens", "slots_in_pool"], do_not_specialize_on_alignment=["slots_ptr"])
 def _write_kernel(
-    latent_ptr, rope_ptr, cache_ptr, slots_ptr, tokens, slots_in_pool,
+    latent_ptr, rope_ptr, cache_ptr, slots_ptr, scale_ptr, tokens, slots_in_pool,
     stride_latent, stride_rope, stride_page, stride_row, stride_slot,
     L: tl.constexpr, L_PAD: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -32,16 +33,17 @@ def _write_kernel(
     slot = tl.load(slots_ptr + t * stride_slot, mask=t < tokens, other=-1).to(tl.int64)
     wanted = ((slot >= 0) & (slot < slots_in_pool))[:, None]
     row_ptr = cache_ptr + (slot // PAGE * stride_page + slot % PAGE * stride_row)[:, None]
+    scale = load_scale(scale_ptr)
     c = tl.arange(0, L_PAD)[None, :]
     x = tl.load(latent_ptr + t[:, None] * stride_latent + c, mask=wanted & (c < L), other=0.0)
-    tl.store(row_ptr + c, x.to(cache_ptr.dtype.element_ty), mask=wanted & (c < L))
+    tl.store(row_ptr + c, to_cache(x, scale, cache_ptr.dtype.element_ty), mask=wanted & (c < L))
     if R > 0:
         r = tl.arange(0, R_PAD)[None, :]
         x = tl.load(rope_ptr + t[:, None] * stride_rope + r, mask=wanted & (r < R), other=0.0)
-        tl.store(row_ptr + L + r, x.to(cache_ptr.dtype.element_ty), mask=wanted & (r < R))
+        tl.store(row_ptr + L + r, to_cache(x, scale, cache_ptr.dtype.element_ty), mask=wanted & (r < R))
 
 
-def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T):
+def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     """Same contract as reference.cache_write. Rows of all tensors may be strided; `slots_T` is int64 or int32."""
     require_adjacent(kv_latent=kv_latent_TL, k_rope=k_rope_TR, cache=cache_AGK)
     pages, page_size, _ = cache_AGK.shape
@@ -49,7 +51,7 @@ def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T):
     if tokens == 0:
         return
     _write_kernel[(triton.cdiv(tokens, _TOKENS),)](
-        kv_latent_TL, k_rope_TR, cache_AGK, slots_T, tokens, pages * page_size,
+        kv_latent_TL, k_rope_TR, as_codes(cache_AGK), slots_T, cache_scale, tokens, pages * page_size,
         kv_latent_TL.stride(0), k_rope_TR.stride(0), cache_AGK.stride(0), cache_AGK.stride(1), slots_T.stride(0),
         L=L, L_PAD=triton.next_power_of_2(L), R=R, R_PAD=triton.next_power_of_2(max(R, 1)),
         PAGE=page_size, BLOCK_T=_TOKENS, num_warps=4,

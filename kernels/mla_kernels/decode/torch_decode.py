@@ -1,7 +1,7 @@
 """Absorbed decode over the paged latent cache in plain torch, for CPU tensors.
 
 For each request:
-  1. its pages are copied side by side, as float32;
+  1. its pages are copied side by side, as float32, those of an fp8 cache times its scale;
   2. all its query tokens and heads are rows of one product with them, followed by a softmax;
   3. the latent part of the same rows is what the weights sum up.
 """
@@ -49,6 +49,7 @@ def run(
     out_TNL=None,
     lse_TN=None,
     workspace=None,
+    cache_scale=None,
 ):
     """Same contract as reference.decode."""
     tokens, width, batch = len(q_latent_TNL), q_latent_TNL.shape[-1], len(seq_lens_B)
@@ -72,6 +73,8 @@ def run(
             continue
         pages = block_table_BM[b, : -(-seq_len // page_size)].long()
         row_SK = cache_AGK[pages].view(-1, row_elements)[:seq_len].to(acc)
+        if cache_scale is not None:
+            row_SK *= cache_scale
         q_TNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1).to(acc)
         out_TNL[mine], lse_TN[mine] = _attend(q_TNK, row_SK, width, scale)
     return out_TNL, lse_TN

@@ -1,8 +1,9 @@
 """Split-KV absorbed decode in Triton: any GPU that Triton supports, and its CPU interpreter.
 
 All query tokens and heads of a request are rows of one tile, so its cache is read once a request; values are the
-latent part of the key tile already loaded. Requests are cut into pieces of nearly equal length from the sequence
-lengths *on the device*: a captured graph adapts to every batch, and scratch depends on the GPU alone.
+latent part of the key tile already loaded, in the dtype of the queries if the cache is fp8. Requests are cut into
+pieces of nearly equal length from the sequence lengths *on the device*: a captured graph adapts to every batch, and
+scratch depends on the GPU alone.
   1. Each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
      request was cut.
   2. Each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
@@ -16,11 +17,15 @@ import triton.language as tl
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.primitives import (
+    E4M3,
     LN_2,
     LOG2_E,
+    as_codes,
     decode_outputs,
     dot,
     dot_operand,
+    from_cache,
+    load_scale,
     refusals,
     require_adjacent,
     scratch,
@@ -34,8 +39,10 @@ _MERGE_PROGRAMS, _MERGE_COLUMNS, _MERGE_VALUES = 512, 32, 2048  # programs wante
 
 def unsupported(problem, device: Device) -> list[str]:
     reasons = refusals(device, queries=problem.dtype, cache=problem.layout.format.dtype)
-    if problem.dtype != problem.layout.format.dtype:
-        reasons.append(f"queries and cache must have one dtype, got {problem.dtype} and {problem.layout.format.dtype}")
+    if problem.layout.format.dtype not in (problem.dtype, E4M3):
+        reasons.append(
+            f"cache must be float8_e4m3fn or as queries, got {problem.dtype} queries and {problem.layout.format.dtype}"
+        )
     latent = problem.geometry.kv_lora_rank
     if latent & (latent - 1) or not 128 <= latent <= 512:
         reasons.append(f"kv_lora_rank must be a power of two from 128 to 512, got {latent}")
@@ -86,7 +93,7 @@ def _query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
 )
 def _splitkv_kernel(
     q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr, lse_ptr,
-    part_ptr, part_lse_ptr, plan_ptr, scale_log2, query_len, batch, pieces_wanted,
+    part_ptr, part_lse_ptr, plan_ptr, cache_scale_ptr, scale_log2, query_len, batch, pieces_wanted,
     stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n, stride_page, stride_token, stride_table,
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
     N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
@@ -126,6 +133,10 @@ def _splitkv_kernel(
     first_tile = (tiles * piece) // pieces
     end_tile = (tiles * (piece + 1)) // pieces
 
+    # The scale of all cached values is one of all scores, and of the output.
+    cache_scale = load_scale(cache_scale_ptr)
+    scale_log2 *= cache_scale
+
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, L), tl.float32)
@@ -139,11 +150,11 @@ def _splitkv_kernel(
                 block_table_ptr + request.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0
             )
         base = cache_ptr + (page.to(tl.int64) * stride_page + (position % PAGE) * stride_token)[:, None]
-        k_latent = dot_operand(tl.load(base + c[None, :], mask=valid[:, None], other=0.0), UPCAST)
+        k_latent = from_cache(tl.load(base + c[None, :], mask=valid[:, None], other=0), q_latent.dtype)
         score = dot(q_latent, tl.trans(k_latent), tl.zeros((BLOCK_M, BLOCK_T), tl.float32))
         if R > 0:
-            k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0.0)
-            score = dot(q_rope, tl.trans(dot_operand(k_rope, UPCAST)), score)
+            k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0)
+            score = dot(q_rope, tl.trans(from_cache(k_rope, q_rope.dtype)), score)
         score = tl.where(position[None, :] <= sees[:, None], score * scale_log2, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing: exp2(-inf - 0) = 0
@@ -154,7 +165,7 @@ def _splitkv_kernel(
         top = new_top
 
     total = tl.where(total > 0, total, 1.0)  # a row that has seen nothing: 0 / 1, and its top is -inf
-    acc = acc / total[:, None]
+    acc = acc * (cache_scale / total)[:, None]
     lse = top + tl.log2(total)
     if pieces == 1:
         at_out = (q_token * stride_out_t + head * stride_out_n)[:, None] + c[None, :]
@@ -222,8 +233,12 @@ _SIZES = ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
 _SMALL_SHARED_BYTES = 128 << 10
 
 
-def _tile(rows: int, row_elements: int, itemsize: int, device: Device) -> Tile:
-    """The first size whose staged cache rows and softmax weights fit in shared memory beside the query's rows."""
+def _tile(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool = False) -> Tile:
+    """The first size whose staged cache rows and softmax weights fit in shared memory beside the query's rows.
+
+    itemsize: of queries, and of cached values where they are multiplied.   fp8: cached values are converted before,
+    which takes registers; with the tiles of other caches they spill.
+    """
     most_rows = 32 if device.shared_bytes < _SMALL_SHARED_BYTES else 64
     block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
     if device.interpreted:  # time goes by the number of operations
@@ -234,11 +249,12 @@ def _tile(rows: int, row_elements: int, itemsize: int, device: Device) -> Tile:
     # registers.
     in_registers = 0 if block_m == 64 and device.kind == "cuda" and device.arch >= 90 else 1
     free = device.shared_bytes - block_m * row_elements * itemsize
-    for tokens, stages in _SIZES if block_m == 16 else _SIZES[1:]:
+    sizes = _SIZES[2:] if fp8 else _SIZES if block_m == 16 else _SIZES[1:]
+    for tokens, stages in sizes:
         staged_rows = tokens * max(1, stages - in_registers)
         if (staged_rows * row_elements + block_m * tokens) * itemsize <= free:
             break
-    warps, pieces_per_sm = (8, 1) if block_m == 64 else (4, 2)
+    warps, pieces_per_sm = (8, 1) if block_m == 64 or (fp8 and block_m == 32) else (4, 2)
     return Tile(block_m, tokens, warps, stages, pieces_per_sm)
 
 
@@ -248,8 +264,8 @@ def _row_tiles_and_pieces(rows: int, tile: Tile, device: Device) -> tuple[int, i
     return row_tiles, max(1, device.num_sms * tile.pieces_per_sm // row_tiles)
 
 
-def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device) -> int:
-    tile = _tile(rows, row_elements, itemsize, device)
+def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool = False) -> int:
+    tile = _tile(rows, row_elements, itemsize, device, fp8)
     row_tiles, pieces = _row_tiles_and_pieces(rows, tile, device)
     return 2 * pieces * row_tiles * tile.rows
 
@@ -261,10 +277,8 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
     """
     most = problem.geometry.num_heads * problem.max_query_len
     layout = problem.layout
-    rows = max(
-        _scratch_rows(min(rows, most), layout.row_elements, layout.format.dtype.itemsize, device)
-        for rows in (16, 32, 64, most)
-    )
+    sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
+    rows = max(_scratch_rows(min(rows, most), *sizes) for rows in (16, 32, 64, most))
     return _scratch_shapes(rows, problem.geometry.kv_lora_rank, max_requests)
 
 
@@ -285,6 +299,7 @@ def run(
     out_TNL=None,
     lse_TN=None,
     workspace=None,
+    cache_scale=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
     T, N, L = q_latent_TNL.shape
@@ -296,7 +311,7 @@ def run(
     if B == 0 or T == 0:
         return out_TNL, lse_TN
 
-    sizes = (query_len * N, cache_AGK.shape[2], cache_AGK.element_size(), device)
+    sizes = (query_len * N, cache_AGK.shape[2], q_latent_TNL.element_size(), device, cache_AGK.dtype == E4M3)
     tile = _tile(*sizes)
     row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
     shapes = _scratch_shapes(_scratch_rows(*sizes), L, B)
@@ -306,8 +321,8 @@ def run(
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
     out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
     _splitkv_kernel[(row_tiles, pieces + B)](
-        q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, starts, out_TNL, lse_TN, part, part_lse, plan,
-        scale * LOG2_E.value, query_len, B, pieces,
+        q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN,
+        part, part_lse, plan, cache_scale, scale * LOG2_E.value, query_len, B, pieces,
         q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1),
         cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides,
         R=R, R_PAD=max(16, triton.next_power_of_2(R)), PAGE=cache_AGK.shape[1], B_PAD=_batch_bucket(B),

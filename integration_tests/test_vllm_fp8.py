@@ -1,0 +1,79 @@
+"""vLLM's real engine with an fp8 cache gives the tokens and log-probabilities of transformers with a cache that rounds
+likewise, in float32 otherwise; and a layer's scale reaches our kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fp8_oracle import FP8_TOLERANCE, generate_fp8
+from harness import assert_same_answers, prompts
+
+from mla_backend.attention import MLAAttention
+from mla_backend.config import MLABackendConfig
+from mla_backend.steps import DecodeStep
+from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of, reference
+from mla_kernels.testing import TOLERANCE, assert_matches, make_decode
+
+pytest.importorskip("vllm")
+
+
+@pytest.mark.parametrize(("kernels", "name", "lengths"), [("torch", "fp8", None), ("triton", "fp8_e4m3", (2, 17, 65))])
+def test_uneven_batch(engine, checkpoints, oracle, kernels, name, lengths):
+    folder, batch = checkpoints(), prompts(lengths) if lengths else prompts()
+    run = engine(folder, [batch], kernels=kernels, kv_cache_dtype=name, max_tokens=8)
+    assert "fp8 cache, 576 bytes a token and layer" in run.log
+    assert_same_answers(run.rounds[0], generate_fp8(folder, batch, 8), tolerance=FP8_TOLERANCE)
+    with pytest.raises(AssertionError):
+        assert_same_answers(run.rounds[0], oracle(folder, batch, 8), tolerance=FP8_TOLERANCE)
+    assert {call.split(":")[0] for call in run.calls} == {"cache_write", "prefill", "decode"}
+    assert all(call.split(":")[1].startswith(kernels) for call in run.calls)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_chunked_prefill_and_prefix_cache(engine, checkpoints, kernels):
+    """A prompt is prefilled in pieces, each over the cache of those before; again, all but the last are there."""
+    folder, batch = checkpoints(), prompts((200,))
+    run = engine(
+        folder,
+        [batch, batch],
+        kernels=kernels,
+        kv_cache_dtype="fp8",
+        max_tokens=4,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    wanted = generate_fp8(folder, batch, 4, pieces=(64, 64, 64))
+    for answers in run.rounds:
+        assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
+    assert run.rounds[1][0]["cached"] == 192
+    assert {"cache_gather", "merge"} <= {call.split(":")[0] for call in run.calls}
+
+
+def test_scale_of_a_layer():
+    """Our layer writes what vLLM hands over as bytes, with the scale of the call, and decodes with the layer's."""
+    from mla_backend.vllm_adapter.impl import MLAImpl
+
+    geometry = MLAGeometry(num_heads=3, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+    layout = CacheLayout(geometry=geometry, format=format_of(torch.float8_e4m3fn), page_size=16)
+    impl = object.__new__(MLAImpl)  # its __init__ wants an engine; the calls below want these three
+    impl.attention = MLAAttention(
+        Problem(layout=layout, dtype=torch.float32), Device("cpu"), MLABackendConfig(), scale=geometry.softmax_scale
+    )
+    impl.kv_lora_rank, impl._scratch_shapes = 128, ()
+    q_latent, q_rope, rows, table, lens = make_decode(geometry, [40, 7]).arrays
+    scale = torch.tensor(0.3)
+    pool = torch.zeros(rows.shape, dtype=torch.uint8)
+    latent, rope = rows.nan_to_num().flatten(0, 1).split([128, 32], -1)
+    slots = torch.arange(len(latent))
+    impl.do_kv_cache_update(latent, rope[:, None], pool, slots, "fp8", scale)
+    wanted = torch.zeros(rows.shape, dtype=torch.float8_e4m3fn)
+    reference.cache_write(latent, rope, wanted, slots, cache_scale=scale)
+    assert torch.equal(pool, wanted.view(torch.uint8))
+    step = DecodeStep(block_table_BM=table, seq_lens_B=lens, query_len=1)
+    metadata, layer = SimpleNamespace(decode=SimpleNamespace(step=step)), SimpleNamespace(_k_scale=scale)
+    out, _ = impl.forward_mqa((q_latent, q_rope), pool, metadata, layer)
+    read = wanted.double() * scale
+    expected, _ = reference.decode(q_latent.double(), q_rope.double(), read, table, lens, scale=geometry.softmax_scale)
+    assert_matches("out", out, expected, TOLERANCE[torch.float32])
