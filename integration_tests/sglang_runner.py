@@ -6,7 +6,7 @@ SPEC: {"engine": keyword arguments of sglang.Engine, "rounds": [[prompt token id
 run one after another on the same engine. RESULT: as engine_runner.py writes it for vLLM.
 
 SGLang's scheduler runs our kernels in a process of its own, which is killed in the end. A plugin of this test, beside
-ours, writes down each call there.
+ours, writes down each call there, and can have SGLang's other operations done by PyTorch.
 """
 
 import json
@@ -17,10 +17,13 @@ from collections import Counter
 
 PROBE = "kernel_calls_probe"
 CALLS_FILE = "MLA_TEST_CALLS_FILE"
+PLAIN_OPERATIONS = "MLA_TEST_PLAIN_OPERATIONS"
 
 
 def register() -> None:
     """Entry point of the test's plugin: note every call of a kernel of ours in a file."""
+    if os.environ.get(PLAIN_OPERATIONS):
+        _plain_operations()
     from mla_backend.attention import MLAAttention
 
     call, path = MLAAttention._call, os.environ[CALLS_FILE]
@@ -31,6 +34,22 @@ def register() -> None:
         return call(self, operation, *args, **kwargs)
 
     MLAAttention._call = noted
+
+
+def _plain_operations() -> None:
+    """Norms, activations and rotary embedding as SGLang writes them in PyTorch: its CUDA kernels for them take no
+    float32, so that nothing could be compared exactly on a GPU. Not routing, whose PyTorch form no graph can capture.
+    """
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
+
+    dispatch = MultiPlatformOp.dispatch_forward
+
+    def plain(self):
+        written = type(self).forward_native is not MultiPlatformOp.forward_native and not isinstance(self, TopK)
+        return self.forward_native if written else dispatch(self)
+
+    MultiPlatformOp.dispatch_forward = plain
 
 
 def install_probe(folder: pathlib.Path) -> pathlib.Path:
