@@ -41,14 +41,20 @@ def generate(
     Always `max_new_tokens` long: the end-of-sequence token is neither a stop nor masked out. Match it with
     `ignore_eos=True` in vLLM.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    # "eager" is attention written out in PyTorch operations: no fused kernel takes part in the oracle.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device).eval()
-    _scale_softmax(model)
+    model = load(folder, dtype).to(device)
     model.generation_config.eos_token_id = None  # min_new_tokens would forbid the token instead of ignoring it
     return [_continue(model, torch.tensor([prompt], device=device), max_new_tokens) for prompt in prompts]
+
+
+def load(folder, dtype: torch.dtype):
+    """The checkpoint's model in transformers, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    # "eager" is attention written out in PyTorch operations: no fused kernel takes part in the oracle.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    _scale_softmax(model)
+    return model
 
 
 def _scale_softmax(model) -> None:

@@ -38,16 +38,16 @@ def register() -> None:
 
 def _plain_operations() -> None:
     """Norms, activations and rotary embedding as SGLang writes them in PyTorch: its CUDA kernels for them take no
-    float32, so that nothing could be compared exactly on a GPU. Not routing, whose PyTorch form no graph can capture.
-    """
-    from sglang.srt.layers.moe.topk import TopK
+    float32, so that nothing could be compared exactly on a GPU."""
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding import RotaryEmbedding
     from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
 
     dispatch = MultiPlatformOp.dispatch_forward
 
     def plain(self):
-        written = type(self).forward_native is not MultiPlatformOp.forward_native and not isinstance(self, TopK)
-        return self.forward_native if written else dispatch(self)
+        return self.forward_native if isinstance(self, RMSNorm | SiluAndMul | RotaryEmbedding) else dispatch(self)
 
     MultiPlatformOp.dispatch_forward = plain
 
