@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import assert_same_answers, prompts
+from fp8_oracle import FP8_TOLERANCE, generate_fp8
+from harness import MAX_TOKENS, assert_same_answers, prompts
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -49,6 +50,14 @@ def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle, kernel)
     for got, want in zip(run.rounds[0], oracle(folder, prompts()), strict=True):
         differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
         assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+
+
+def test_fp8_cache_with_cuda_graphs(engine, checkpoints):
+    """Without experts, whose TF32 would round values of the cache to others."""
+    folder = checkpoints(layers=1)
+    run = engine(folder, [prompts()], kv_cache_dtype="fp8", **GRAPHS)
+    assert "fp8 cache, 576 bytes a token and layer" in run.log
+    assert_same_answers(run.rounds[0], generate_fp8(folder, prompts(), MAX_TOKENS), tolerance=FP8_TOLERANCE)
 
 
 def test_ngram_speculation_with_cuda_graphs(engine, checkpoints, oracle):
