@@ -3,7 +3,9 @@
 transformers caches what MLA caches, the latent and one rotary key of each token, in one place that a test can change.
 """
 
+import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 from transformers_oracle import Generation, load
 
@@ -21,6 +23,8 @@ class Fp8Cache(DynamicCache):
         self._most = most_in_latent_space
 
     def update(self, latent, rope, layer, *args, **kwargs):
+        if rope.shape[1] != 1:
+            pytest.skip(f"transformers {transformers.__version__} caches expanded keys, 5.17.0 and 5.19.0 the latent")
         held = super().update(*(x.to(torch.float8_e4m3fn).float() for x in (latent, rope)), layer, *args, **kwargs)
         new = latent.shape[-2]
         if new <= self._most:

@@ -24,7 +24,7 @@ PAGES = pytest.mark.parametrize("page_size", [1, 16, 64])
 DRAFT_TOKENS = 3  # trees of the kit have no other size
 # Logits closer than this may change places. SGLang's triton backend turned gaps of up to 0.23 on an H200, ours 0.20.
 NEAR_TIE = 0.3
-EXPERTS = 2e-2  # of log-probabilities in float32: SGLang's experts moved them by 4e-3 with triton, 1e-3 with ours
+EXPERTS = 5e-2  # of log-probabilities in float32: SGLang's experts moved them by 0.025 with its backend and with ours
 PLAIN = {PLAIN_OPERATIONS: "1", "TRITON_F32_DEFAULT": "ieee"}  # what float32 needs of SGLang, its own kernels included
 
 
