@@ -71,8 +71,11 @@ def test_ngram_speculation_with_cuda_graphs(engine, checkpoints, oracle):
 
 
 def test_our_prefill_under_another_decode(engine, checkpoints, oracle):
-    """`-ac.mla_prefill_backend CUSTOM` alone: vLLM's own Triton decode, our prefill, context chunks included."""
-    folder = checkpoints()
+    """`-ac.mla_prefill_backend CUSTOM` alone: vLLM's own Triton decode, our prefill, context chunks included.
+
+    Without experts: where rounding sends a token to another one, no gap between logits explains the answer.
+    """
+    folder = checkpoints(layers=1)
     run = engine(
         folder,
         [prompts(), prompts()],
@@ -83,7 +86,7 @@ def test_our_prefill_under_another_decode(engine, checkpoints, oracle):
         attention_config={"backend": "TRITON_MLA", "mla_prefill_backend": "CUSTOM"},
     )
     assert set(run.calls) == {"prefill:triton_ragged"}
-    for answers in run.rounds:
+    for number, answers in enumerate(run.rounds):
         for got, want in zip(answers, oracle(folder, prompts()), strict=True):
             differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
-            assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+            assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (number, got["cached"], differ, want.gaps)
