@@ -1,0 +1,67 @@
+"""A GPU that is not there: Triton's own launcher, which finds out for itself what it has to compile, compiles nothing
+and launches nothing.
+
+`pretend(device)` must run before kernels are imported, without TRITON_INTERPRET. What Triton would compile from then on
+is in `COMPILED`. Results of kernels are what their memory held, so this counts launches; it shows nothing about values.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import mla_kernels
+import mla_kernels.device
+from mla_kernels import Device
+
+DEVICES = {
+    "H200": Device("cuda", 90, "H200", 132, False, 141 << 30),
+    "H100 PCIe": Device("cuda", 90, "H100 PCIe", 114, False, 80 << 30),
+    "A100": Device("cuda", 80, "A100", 108, False, 80 << 30),
+    "RTX 3090": Device("cuda", 86, "RTX 3090", 82, False, 24 << 30),
+}
+COMPILED: list[tuple[str, str]] = []  # (kernel, its key), in order
+_FUNCTIONS: set[JITFunction] = set()
+
+
+class _Driver:
+    """A driver without a device."""
+
+    def __init__(self, device: Device):
+        self._target = GPUTarget(device.kind, device.arch, 64 if device.kind == "hip" else 32)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def _note(function: JITFunction, key, signature, device, *_):
+    """In place of a compilation: remember that there was one, and a kernel that does nothing."""
+    COMPILED.append((function.__name__, str(key)))
+    _FUNCTIONS.add(function)
+    nothing = SimpleNamespace(run=lambda *_: None, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
+    kernels = function.device_caches[device][0]
+    kernels[key] = nothing
+    return nothing
+
+
+def start_anew() -> None:
+    """Nothing was ever compiled."""
+    COMPILED.clear()
+    for function in _FUNCTIONS:
+        function.device_caches.clear()
+
+
+def pretend(device: Device) -> None:
+    """Make every tensor of this process live on `device`, as far as kernels and adapters ask."""
+    mla_kernels.device_of = mla_kernels.device.device_of = lambda where: device
+    driver.set_active(_Driver(device))
+    JITFunction._do_compile = _note
+    torch.Tensor.new_empty = torch.Tensor.new_zeros  # engines choke on numbers that are none
