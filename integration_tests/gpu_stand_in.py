@@ -2,9 +2,11 @@
 and launches nothing.
 
 `pretend(device)` must run before kernels are imported, without TRITON_INTERPRET. What Triton would compile from then on
-is in `COMPILED`. Results of kernels are what their memory held, so this counts launches; it shows nothing about values.
+is in `COMPILED`, or goes elsewhere. Results of kernels are what their memory held: this counts launches, and shows
+nothing about values.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -22,7 +24,7 @@ DEVICES = {
     "A100": Device("cuda", 80, "A100", 108, False, 80 << 30),
     "RTX 3090": Device("cuda", 86, "RTX 3090", 82, False, 24 << 30),
 }
-COMPILED: list[tuple[str, str]] = []  # (kernel, its key), in order
+COMPILED: list[list[str]] = []  # [kernel, its key], in order
 _FUNCTIONS: set[JITFunction] = set()
 
 
@@ -42,9 +44,9 @@ class _Driver:
         return 0
 
 
-def _note(function: JITFunction, key, signature, device, *_):
-    """In place of a compilation: remember that there was one, and a kernel that does nothing."""
-    COMPILED.append((function.__name__, str(key)))
+def _compile_nothing(note, function: JITFunction, key, signature, device, *_):
+    """In place of a compilation: say that there was one, and make a kernel that does nothing."""
+    note([function.__name__, str(key)])
     _FUNCTIONS.add(function)
     nothing = SimpleNamespace(run=lambda *_: None, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
     kernels = function.device_caches[device][0]
@@ -59,9 +61,10 @@ def start_anew() -> None:
         function.device_caches.clear()
 
 
-def pretend(device: Device) -> None:
-    """Make every tensor of this process live on `device`, as far as kernels and adapters ask."""
+def pretend(device: Device, note: Callable[[list], None] = COMPILED.append) -> None:
+    """Make every tensor of this process live on `device`, as far as kernels and adapters ask. `note` is called with
+    [kernel, its key] for each kernel that Triton would compile."""
     mla_kernels.device_of = mla_kernels.device.device_of = lambda where: device
     driver.set_active(_Driver(device))
-    JITFunction._do_compile = _note
+    JITFunction._do_compile = lambda *args: _compile_nothing(note, *args)
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # engines choke on numbers that are none

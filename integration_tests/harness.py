@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -50,12 +50,14 @@ def kernels_env(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What one engine did: `rounds` of answers, `calls` of our kernels, the engine's `metrics`, and its `log`."""
+    """What one engine did: `rounds` of answers, `calls` of our kernels, the engine's `metrics`, its `log`, and what
+    serving_watch.py saw."""
 
     rounds: list
     calls: dict[str, int]
     metrics: dict[str, float]
     log: str
+    watch: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class MLAAttention:
         self.chosen: dict[str, Selection] = {
             name: select(name, problem, device, kernel=config.kernel_for(name)) for name in operations
         }
+        self._workspaces: dict[int, tuple] = {}
         self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
 
     def _call(self, operation: str, *args, **kwargs):
@@ -68,7 +69,10 @@ class MLAAttention:
 
     def decode_workspace(self, max_requests: int):
         """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
-        return self.chosen["decode"].kernel.load().workspace(self.problem, self.device, max_requests=max_requests)
+        if max_requests not in self._workspaces:  # asked for in every layer and step
+            make = self.chosen["decode"].kernel.load().workspace
+            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=max_requests)
+        return self._workspaces[max_requests]
 
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
         """(requests, query tokens) of decode calls that take every form which the kernel has for up to `max_requests`

@@ -25,6 +25,7 @@ class Traffic:
     uniform: query tokens that all requests of a decode call can have.  ragged: the most that one of them can have
         where they have uneven numbers.
     page_size: tokens of a page of the cache.  slots: dtype of the slots that are written to.
+    merged: width of outputs that are merged; None is that of values.
     """
 
     max_requests: int
@@ -32,6 +33,7 @@ class Traffic:
     uniform: Sequence[int] = (1,)
     ragged: Sequence[int] = ()
     slots: torch.dtype = torch.int64
+    merged: int | None = None
 
 
 def warm_up(
@@ -118,7 +120,8 @@ class _Tensors:
         self._attention.attend(q_1NQ, *keys, starts, starts, max_query_len=1, causal=causal)
 
     def merge(self) -> None:
-        out_1NV = self._new(1, self._geometry.num_heads, self._geometry.v_head_dim)
+        width = self._traffic.merged or self._geometry.v_head_dim
+        out_1NV = self._new(1, self._geometry.num_heads, width)
         lse_1N = self._new(1, self._geometry.num_heads, dtype=torch.float32)
         self._attention.merge(out_1NV, lse_1N, out_1NV.clone(), lse_1N.clone())
 
