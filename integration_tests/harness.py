@@ -26,6 +26,20 @@ def prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
     return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
 
 
+def varied_rounds(many: int) -> list:
+    """One request, `many`, uneven lengths, long and short tails behind prefixes that were cached before, and repetition
+    that n-grams are found in."""
+    phrase, shared = prompts((9,))[0], prompts((300,))[0]
+    return [
+        prompts((5,)),
+        prompts((1, 300, 17, 64)),
+        [shared, *prompts((40,) * 5, seed=2)],
+        [shared + tail for tail in prompts((1, 8, 33, 60, 250), seed=3)],
+        prompts(tuple(range(2, 2 + many)), seed=4),
+        [phrase * 5, phrase[:4] * 8, *prompts((3,) * (many - 5), seed=5)],
+    ]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

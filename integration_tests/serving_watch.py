@@ -55,8 +55,11 @@ class Watch:
 
     def seen(self) -> dict:
         """early, late: kernels compiled before the engine was ready (their number) and after.
-        peak: bytes of the GPU's memory that serving took for a while."""
+        peak, kept: bytes of the GPU's memory that serving took for a while, and those that it still has."""
         import torch
 
-        peak = torch.cuda.max_memory_allocated() - self._held if torch.cuda.is_available() else 0
-        return {"early": self._early, "late": self._compiled[self._early :], "peak": peak}
+        seen = {"early": self._early, "late": self._compiled[self._early :]}
+        if torch.cuda.is_available():
+            seen["peak"] = torch.cuda.max_memory_allocated() - self._held
+            seen["kept"] = torch.cuda.memory_allocated() - self._held
+        return seen

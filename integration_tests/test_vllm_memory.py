@@ -35,6 +35,13 @@ def test_a_step_fits_into_what_the_profile_counts(heads):
     assert memory.step_bytes(server(), problem(heads)) <= memory.profiled_bytes(server(), problem(heads))
 
 
+@pytest.mark.parametrize("context", [1024, 2048, 4096, 32768])
+def test_a_step_of_a_small_server_fits_too(context):
+    small = server(tokens=1024, requests=16, context=context)
+    assert memory.context_rows(small) <= CONTEXT_ROWS
+    assert memory.step_bytes(small, problem(16)) <= memory.profiled_bytes(small, problem(16))
+
+
 def test_a_step_that_does_not_fit_is_known():
     """More new tokens than vLLM's chunk has rows: their up-projection alone is larger."""
     small = server(tokens=8192, requests=8, context=512)

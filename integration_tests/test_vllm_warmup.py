@@ -1,26 +1,12 @@
 """vLLM's real engine needs no kernel that was not compiled before it was ready, on a GPU that is not here."""
 
 import pytest
-from harness import prompts
+from harness import varied_rounds
 from serving_watch import FORGET, STAND_IN
 
 pytest.importorskip("vllm")
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-
-
-def varied_rounds() -> list:
-    """One request, many, uneven lengths, prefixes that were cached before, repetition that n-grams are found in."""
-    phrase = prompts((9,))[0]
-    shared = prompts((130,))[0]
-    return [
-        prompts((5,)),
-        prompts((1, 300, 17, 64)),
-        [shared, *prompts((40,) * 5, seed=2)],
-        [shared + tail for tail in prompts((1, 8, 33), seed=3)],
-        prompts(tuple(range(2, 22)), seed=4),
-        [phrase * 5, phrase[:4] * 8, *prompts((3,) * 15, seed=5)],
-    ]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +22,7 @@ def varied_rounds() -> list:
 def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options):
     run = engine(
         checkpoints(),
-        varied_rounds(),
+        varied_rounds(20),
         max_num_seqs=20,
         max_num_batched_tokens=128,
         enable_chunked_prefill=True,
@@ -53,7 +39,7 @@ def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options)
 @pytest.mark.parametrize("operation", ["decode", "prefill"])
 def test_what_the_warm_up_leaves_out_is_compiled_while_serving(engine, checkpoints, operation):
     """So the test above can fail."""
-    run = engine(checkpoints(), varied_rounds()[:2], dtype="bfloat16", env={STAND_IN: "H200", FORGET: operation})
+    run = engine(checkpoints(), varied_rounds(20)[:2], dtype="bfloat16", env={STAND_IN: "H200", FORGET: operation})
     assert {"decode": "_decode_kernel", "prefill": "_prefill_kernel"}[operation] in [
         name for name, _ in run.watch["late"]
     ]

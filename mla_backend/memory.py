@@ -1,6 +1,8 @@
 """What a step of attention allocates beside its arguments, so that engines can leave room for it before they serve."""
 
-from mla_kernels import Problem
+import torch
+
+from mla_kernels import Problem, tensor_bytes
 
 CONTEXT_ROWS = 16384  # cached rows that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in 16 bits
 
@@ -11,12 +13,19 @@ def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_row
     tokens, decode_tokens: most tokens of a step, and most of them that go to decode.
     context_rows: cached rows that are gathered and expanded at a time; the buffer for gathered ones stays.
     """
-    geometry, size = problem.geometry, problem.dtype.itemsize
-    expanded = geometry.num_heads * (geometry.qk_nope_head_dim + geometry.v_head_dim) * size
-    lse = 4 * geometry.num_heads
-    new = tokens * (expanded + lse)
+    geometry, dtype = problem.geometry, problem.dtype
+    heads, latent, value = geometry.num_heads, geometry.kv_lora_rank, geometry.v_head_dim
+
+    def expanded(rows: int) -> int:
+        return tensor_bytes((rows, heads, geometry.qk_nope_head_dim + value), dtype)
+
+    def lse(rows: int) -> int:
+        return tensor_bytes((rows, heads), torch.float32)
+
+    gathered = tensor_bytes((context_rows, geometry.latent_dim), dtype)
+    new = expanded(tokens) + lse(tokens)
     # A projection may want its input in one piece, which is a copy of the latent part.
-    context = context_rows * (expanded + geometry.kv_lora_rank * size)
-    context += tokens * (geometry.num_heads * geometry.v_head_dim * size + 2 * lse)
-    decode = decode_tokens * (geometry.num_heads * geometry.kv_lora_rank * size + lse)
-    return context_rows * geometry.latent_dim * size + max(new, context, decode)
+    context = expanded(context_rows) + tensor_bytes((context_rows, latent), dtype)
+    context += tensor_bytes((tokens, heads, value), dtype) + 2 * lse(tokens)
+    decode = tensor_bytes((decode_tokens, heads, latent), dtype) + lse(decode_tokens)
+    return gathered + max(new, context, decode)

@@ -8,15 +8,15 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadata
 
 from mla_backend.memory import CONTEXT_ROWS, most_bytes
 from mla_backend.vllm_adapter import compat
-from mla_kernels import Problem
+from mla_kernels import Problem, tensor_bytes
 
 
 def context_rows(vllm_config) -> int:
-    """Cached rows that prefill gathers and expands at a time."""
+    """Cached rows that prefill gathers and expands at a time: half of vLLM's at most, whole pages."""
     vllms_own = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
     page = vllm_config.cache_config.block_size
     least = page if compat.packs_context() else page * vllm_config.scheduler_config.max_num_seqs
-    return min(vllms_own, max(CONTEXT_ROWS, least))
+    return max(least, min(vllms_own // 2 // page * page, CONTEXT_ROWS))
 
 
 def step_bytes(vllm_config, problem: Problem) -> int:
@@ -35,4 +35,5 @@ def profiled_bytes(vllm_config, problem: Problem) -> int:
     """Bytes that vLLM's profile run allocates for a layer's chunk of context."""
     geometry = problem.geometry
     rows = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
-    return rows * geometry.num_heads * (geometry.qk_nope_head_dim + geometry.v_head_dim) * problem.dtype.itemsize
+    widths = geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim
+    return tensor_bytes((rows, *widths), problem.dtype)
