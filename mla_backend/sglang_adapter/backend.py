@@ -65,7 +65,7 @@ class SGLangMLABackend(AttentionBackend):
         long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
         _say_once(  # before kernels are compiled, which takes a while
             f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
-            f"request in latent space: {long}"
+            f"request in latent space: {long}; {self._scratch.bytes / 2**20:.1f} MiB of scratch in all"
         )
         if warmed := self._warm_up(requests, facts):
             logger.info("mla_backend: %s", warmed)

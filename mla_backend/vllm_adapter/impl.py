@@ -3,6 +3,7 @@
 import inspect
 from functools import cache
 from importlib.metadata import version
+from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -45,6 +46,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     can_return_lse_for_decode: bool = True
     supports_dcp: bool = False
     supports_pcp: bool = False
+    _ready: ClassVar[set[tuple[MLAAttention, Traffic]]] = set()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -77,9 +79,14 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def reserve_workspace(self) -> None:
         """vLLM (0.33) profiles memory: take for a moment what a step takes beyond what it counts itself."""
         self._scratch()
-        vllm_config, problem = get_current_vllm_config(), self.attention.problem
-        beyond = memory.step_bytes(vllm_config, problem) - memory.profiled_bytes(vllm_config, problem)
-        torch.empty(max(beyond, 0), dtype=torch.uint8, device=self._device)
+        ours, counted = self._step_memory(get_current_vllm_config())
+        torch.empty(max(ours - counted, 0), dtype=torch.uint8, device=self._device)
+
+    def _step_memory(self, vllm_config) -> tuple[int, int]:
+        """Bytes that a step of ours takes beside scratch, none if prefill is not ours, and those that vLLM counts."""
+        problem = self.attention.problem
+        ours = memory.step_bytes(vllm_config, problem) if self._own_prefill else 0
+        return ours, memory.profiled_bytes(vllm_config, problem)
 
     def get_ready(self, vllm_config, page_size: int, most_query_tokens: int) -> None:
         """Compile and load all that serving can ask for, and say what memory a step takes.
@@ -92,6 +99,9 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             uniform=range(1, most_query_tokens + 1),
             ragged=(most_query_tokens,),
         )
+        if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
+            return
+        self._ready.add((self.attention, traffic))
         warmed = warm_up(
             self.attention,
             traffic,
@@ -101,12 +111,13 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             operations=OPERATIONS if self._own_prefill else ("decode", "cache_write"),
         )
         if warmed:
-            logger.info("mla_backend: %s; %s", warmed, self._say_memory(vllm_config))
+            logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config))
 
     def _say_memory(self, vllm_config) -> str:
-        problem = self.attention.problem
-        ours, counted = memory.step_bytes(vllm_config, problem), memory.profiled_bytes(vllm_config, problem)
-        said = f"a step takes up to {ours / 2**20:.1f} MiB beside scratch, and vLLM's profile of memory "
+        ours, counted = self._step_memory(vllm_config)
+        if not ours:
+            return ""
+        said = f"; a step takes up to {ours / 2**20:.1f} MiB beside scratch, and vLLM's profile of memory "
         if ours <= counted:
             return said + f"left it {counted / 2**20:.1f}"
         if compat.counts_our_steps():
