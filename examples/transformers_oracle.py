@@ -4,6 +4,7 @@ python examples/transformers_oracle.py models/tiny-v2 "Attention lets every toke
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +41,33 @@ def generate(
     Always `max_new_tokens` long: the end-of-sequence token is neither a stop nor masked out. Match it with
     `ignore_eos=True` in vLLM.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    # "eager" is attention written out in PyTorch operations: no fused kernel takes part in the oracle.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device).eval()
+    model = load(folder, dtype).to(device)
     model.generation_config.eos_token_id = None  # min_new_tokens would forbid the token instead of ignoring it
     return [_continue(model, torch.tensor([prompt], device=device), max_new_tokens) for prompt in prompts]
+
+
+def load(folder, dtype: torch.dtype):
+    """The checkpoint's model in transformers, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    # "eager" is attention written out in PyTorch operations: no fused kernel takes part in the oracle.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    _scale_softmax(model)
+    return model
+
+
+def _scale_softmax(model) -> None:
+    """Give DeepSeek-V2 the softmax scale of its authors' code, YaRN's factor squared and all.
+
+    transformers 5.12.1 leaves the factor out, 5.19.0 has it, as for DeepSeek-V3 (`yarn_apply_mscale`).
+    """
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if model.config.model_type != "deepseek_v2" or not rope.get("mscale_all_dim"):
+        return
+    factor = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0
+    for layer in model.model.layers:
+        layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5 * factor**2
 
 
 @torch.inference_mode()

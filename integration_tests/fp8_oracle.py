@@ -3,9 +3,11 @@
 transformers caches what MLA caches, the latent and one rotary key of each token, in one place that a test can change.
 """
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers_oracle import Generation
+import transformers
+from transformers import DynamicCache
+from transformers_oracle import Generation, load
 
 # Of log-probabilities. Engines and transformers differ in the last bits of float32, so some values round to the other
 # side: 0.03 was seen. A cache that does not round at all is off by 0.4 and more, and gives other tokens.
@@ -21,6 +23,8 @@ class Fp8Cache(DynamicCache):
         self._most = most_in_latent_space
 
     def update(self, latent, rope, layer, *args, **kwargs):
+        if rope.shape[1] != 1:
+            pytest.skip(f"transformers {transformers.__version__} caches expanded keys, 5.17.0 and 5.19.0 the latent")
         held = super().update(*(x.to(torch.float8_e4m3fn).float() for x in (latent, rope)), layer, *args, **kwargs)
         new = latent.shape[-2]
         if new <= self._most:
@@ -35,8 +39,7 @@ def generate_fp8(folder, prompts, max_tokens: int, *, pieces=None, most_in_laten
     pieces: lengths of the parts in which a prompt is prefilled, the last one open; whole without.
     most_in_latent_space: tokens of a part that is attended to in latent space, so through the cache.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    answers = []
+    model, answers = load(folder, torch.float32), []
     for prompt in prompts:
         cache, parts, rest = Fp8Cache(most_in_latent_space), [], list(prompt)
         for length in pieces or ():

@@ -7,7 +7,6 @@ nothing about values.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -44,14 +43,28 @@ class _Driver:
         return 0
 
 
+class _Nothing:
+    """A compiled kernel, launched by Triton or as kernel[grid](...)."""
+
+    function = packed_metadata = None
+
+    def run(self, *_):
+        pass
+
+    def launch_metadata(self, *_):
+        pass
+
+    def __getitem__(self, grid):
+        return self.run
+
+
 def _compile_nothing(note, function: JITFunction, key, signature, device, *_):
     """In place of a compilation: say that there was one, and make a kernel that does nothing."""
     note([function.__name__, str(key)])
     _FUNCTIONS.add(function)
-    nothing = SimpleNamespace(run=lambda *_: None, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
     kernels = function.device_caches[device][0]
-    kernels[key] = nothing
-    return nothing
+    kernels[key] = _Nothing()
+    return kernels[key]
 
 
 def start_anew() -> None:

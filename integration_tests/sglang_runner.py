@@ -6,7 +6,8 @@ SPEC: {"engine": keyword arguments of sglang.Engine, "rounds": [[prompt token id
 run one after another on the same engine. RESULT: as engine_runner.py writes it for vLLM.
 
 SGLang's scheduler runs our kernels in a process of its own, which is killed in the end. A plugin of this test, beside
-ours, writes down each call there, and each kernel that is compiled.
+ours, writes down each call there and each kernel that is compiled, and can have SGLang's other operations done by
+PyTorch.
 """
 
 import json
@@ -19,12 +20,15 @@ from serving_watch import Watch
 
 PROBE = "kernel_calls_probe"
 CALLS_FILE, COMPILED_FILE = "MLA_TEST_CALLS_FILE", "MLA_TEST_COMPILED_FILE"
+PLAIN_OPERATIONS = "MLA_TEST_PLAIN_OPERATIONS"
 
 
 def register() -> None:
     """Entry point of the test's plugin: note every call of a kernel of ours in a file, and what is compiled in
     another."""
     Watch(note=_note_compiled).follow()
+    if os.environ.get(PLAIN_OPERATIONS):
+        _plain_operations()
     from mla_backend.attention import MLAAttention
 
     call, path = MLAAttention._call, os.environ[CALLS_FILE]
@@ -40,6 +44,22 @@ def register() -> None:
 def _note_compiled(kernel: list) -> None:
     with open(os.environ[COMPILED_FILE], "a") as compiled:
         compiled.write(json.dumps(kernel) + "\n")
+
+
+def _plain_operations() -> None:
+    """Norms, activations and rotary embedding as SGLang writes them in PyTorch: its CUDA kernels for them take no
+    float32, so that nothing could be compared exactly on a GPU."""
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+    from sglang.srt.layers.utils.multi_platform import MultiPlatformOp
+
+    dispatch = MultiPlatformOp.dispatch_forward
+
+    def plain(self):
+        return self.forward_native if isinstance(self, RMSNorm | SiluAndMul | RotaryEmbedding) else dispatch(self)
+
+    MultiPlatformOp.dispatch_forward = plain
 
 
 def install_probe(folder: pathlib.Path) -> pathlib.Path:

@@ -32,11 +32,12 @@ def test_steps_of_a_real_engine(tmp_path, capfd):
         (2, 64, "CUSTOM:torch_decode"),
         (1, 128, "CUSTOM:torch_decode"),
     ]
-    assert all(0.1 < row["step_ms"] < 1000 for row in rows)
+    assert all(0.1 < row["step_ms"] < 1000 and row["graph_ms"] is None for row in rows)
     write_csv(rows, tmp_path / "steps.csv", engine.COLUMNS)
     header, first, _ = (tmp_path / "steps.csv").read_text().splitlines()
-    assert header == "date,gpu,torch,triton,engine,backend,layers,requests,tokens,step_ms"
+    assert header == "date,gpu,torch,triton,engine,backend,layers,requests,tokens,step_ms,graph_ms"
     assert first.startswith("2026-11-22,a GPU,2,3,vLLM ")
+    assert first.endswith(",")
 
 
 def test_engine_that_does_not_start(capfd):
@@ -84,7 +85,7 @@ def test_requests_that_did_not_run_together_are_no_measurement():
     )
     llm = SimpleNamespace(llm_engine=small, generate=lambda *_, **__: None)
     with pytest.raises(BenchmarkError, match="2 requests were to run together"):
-        vllm_engine.step_ms(llm, EXPERIMENT, 2, 64)
+        vllm_engine.time_step(llm, EXPERIMENT, 2, 64)
 
 
 def test_table():
@@ -96,9 +97,12 @@ def test_table():
             "requests": 2,
             "tokens": tokens,
             "step_ms": ms,
+            "graph_ms": ms / 2,
         }
 
-    table = engine_table([row("CUSTOM", 64, 2.0), row("FLASHMLA", 64, 3.0), row("CUSTOM", 8, 1), row("FLASHMLA", 8, 1)])
+    rows = [row("CUSTOM", 64, 2.0), row("FLASHMLA", 64, 3.0), row("CUSTOM", 8, 1), row("FLASHMLA", 8, 1)]
+    table = engine_table(rows)
+    assert list(engine_table(rows, "graph_ms").columns[1].cells) == ["1.000", "0.500"]
     assert [list(column.cells) for column in table.columns] == [
         ["2 x 64", "2 x 8"],
         ["2.000", "1.000"],

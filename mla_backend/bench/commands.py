@@ -117,7 +117,10 @@ def engine(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 8,
     csv: Annotated[pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows.")] = None,
 ) -> None:
-    """Time decode steps of an engine, a model of DeepSeek-V2-Lite's shape and random weights, a process a backend."""
+    """Time decode steps of an engine, a model of DeepSeek-V2-Lite's shape and random weights, a process a backend.
+
+    In vLLM also the captured graph of a step alone: with few layers a step waits for the host.
+    """
     from mla_backend.bench import engine as benchmark
     from mla_backend.bench.results import write_csv
 
@@ -134,3 +137,5 @@ def engine(
     from mla_backend.bench.report import engine_table
 
     show(engine_table(rows))
+    if all(row["graph_ms"] for row in rows):
+        show(engine_table(rows, "graph_ms"))

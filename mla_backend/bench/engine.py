@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -58,7 +59,10 @@ MODEL = {  # deepseek-ai/DeepSeek-V2-Lite's config.json, but for the number of l
 }
 STEPS = 129
 PAGE = 128  # tokens; no backend has larger ones
-COLUMNS = ("date", "gpu", "torch", "triton", "engine", "backend", "layers", "requests", "tokens", "step_ms")
+COLUMNS = (
+    *("date", "gpu", "torch", "triton", "engine", "backend", "layers", "requests", "tokens"),
+    *("step_ms", "graph_ms"),
+)
 HOSTS = {"vllm": "CUSTOM,FLASHMLA,FLASH_ATTN_MLA", "sglang": "mla_backend,fa3,flashmla,flashinfer,triton"}
 
 
@@ -93,6 +97,13 @@ class Experiment:
         return torch.randint(1000, (requests, tokens), generator=generator).tolist()
 
 
+class StepTimes(NamedTuple):
+    """Milliseconds of a decode step, and of its captured graph alone, without the host's work; None if it is hidden."""
+
+    step_ms: float
+    graph_ms: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """A backend as the host is told of it, and the environment that it runs in."""
@@ -111,17 +122,17 @@ class Engine:
 
 
 def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
-    """A process's life: build the engine, then answer (requests, tokens) with milliseconds until it is ended."""
+    """A process's life: build the engine, then answer (requests, tokens) with StepTimes until it is ended."""
     try:
         set_environment(dict(engine.environment))
         host = import_module(f"mla_backend.bench.{experiment.host}_engine")
         llm, version = host.start(folder, engine.backend, experiment)
-        step_ms = functools.partial(host.step_ms, llm, experiment)
+        time_step = functools.partial(host.time_step, llm, experiment)
         for requests, tokens in experiment.workloads:
-            step_ms(requests, tokens)  # whatever compiles at first use
+            time_step(requests, tokens)  # whatever compiles at first use
         connection.send(version)
         while True:
-            connection.send(step_ms(*connection.recv()))
+            connection.send(time_step(*connection.recv()))
     except Exception as error:
         connection.send(BenchmarkError(f"{engine}: {type(error).__name__}: {error!s:.600}"))
 
@@ -148,8 +159,7 @@ class Worker:
             raise answer
         return answer
 
-    def ask(self, requests: int, tokens: int) -> float:
-        """Milliseconds of a step."""
+    def ask(self, requests: int, tokens: int) -> StepTimes:
         with contextlib.suppress(ConnectionError):  # its end is what the answer will be
             self.connection.send((requests, tokens))
         return self.answer()
@@ -170,9 +180,21 @@ def _versions(workers: list[Worker]) -> dict[Worker, str]:
     return versions
 
 
-def _in_turn(workers: list[Worker], requests: int, tokens: int, rounds: int) -> list[tuple[float, ...]]:
-    """Every worker's milliseconds: each worker once a round, so that what slows one round slows all of them."""
+def _in_turn(workers: list[Worker], requests: int, tokens: int, rounds: int) -> list[tuple[StepTimes, ...]]:
+    """Every worker's times: each worker once a round, so that what slows one round slows all of them."""
     return list(zip(*([worker.ask(requests, tokens) for worker in workers] for _ in range(rounds)), strict=True))
+
+
+def _medians(times: tuple[StepTimes, ...]) -> dict[str, float | None]:
+    by_name = zip(StepTimes._fields, zip(*times, strict=True), strict=True)
+    return {name: None if None in ms else round(statistics.median(ms), 3) for name, ms in by_name}
+
+
+def _listed(times: tuple[StepTimes, ...]) -> str:
+    """All of them, sorted."""
+    steps, graphs = (sorted(filter(None, ms)) for ms in zip(*times, strict=True))
+    shown = ", ".join(f"{ms:.3f}" for ms in steps) + " ms a step"
+    return shown + (f"; its graph alone {', '.join(f'{ms:.3f}' for ms in graphs)}" if graphs else "")
 
 
 def run(engines: list[Engine], experiment: Experiment, *, rounds: int = 3, target=serve) -> list[dict]:
@@ -194,8 +216,6 @@ def run(engines: list[Engine], experiment: Experiment, *, rounds: int = 3, targe
         for requests, tokens in experiment.workloads:
             for worker, times in zip(workers, _in_turn(workers, requests, tokens, rounds), strict=True):
                 row = {"engine": versions[worker], "backend": str(worker.engine), "layers": layers}
-                row |= {"requests": requests, "tokens": tokens, "step_ms": round(statistics.median(times), 3)}
-                rows.append(facts | row)
-                shown = ", ".join(f"{ms:.3f}" for ms in sorted(times))
-                print(f"{requests} x {tokens} tokens, {worker.engine}: {shown} ms a step", flush=True)
+                rows.append(facts | row | {"requests": requests, "tokens": tokens} | _medians(times))
+                print(f"{requests} x {tokens} tokens, {worker.engine}: {_listed(times)}", flush=True)
     return rows

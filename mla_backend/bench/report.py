@@ -78,18 +78,19 @@ def show(rows: list[dict], refusals: dict[tuple[str, str], list[str]]) -> None:
         console.print(f"no {peer} ({cases[0]}{more}): {reason}", markup=False)
 
 
-def engine_table(rows: list[dict]) -> Table:
-    """Milliseconds a decode step of each backend, and its time over the first one's."""
+def engine_table(rows: list[dict], what: str = "step_ms") -> Table:
+    """Milliseconds of each backend, and its time over the first one's.   what: "step_ms" or "graph_ms"."""
     first = rows[0]
     backends = list(dict.fromkeys(row["backend"] for row in rows))
+    name = "Decode steps" if what == "step_ms" else "Graphs of decode steps, without the host's work,"
     table = Table(
-        title=f"Decode steps on {first['gpu']}, {first['date']}, {first['engine']}, {first['layers']} layers",
-        caption=f"Milliseconds a step. x: the time over that of {backends[0]}, more than 1 is a win for it.",
+        title=f"{name} on {first['gpu']}, {first['date']}, {first['engine']}, {first['layers']} layers",
+        caption=f"Milliseconds. x: the time over that of {backends[0]}, more than 1 is a win for it.",
     )
     table.add_column("requests x tokens", no_wrap=True)
     for name in backends:
         table.add_column(name, justify="right", no_wrap=True)
-    times = {(row["requests"], row["tokens"], row["backend"]): row["step_ms"] for row in rows}
+    times = {(row["requests"], row["tokens"], row["backend"]): row[what] for row in rows}
     for requests, tokens in dict.fromkeys((row["requests"], row["tokens"]) for row in rows):
         ms = [times[requests, tokens, name] for name in backends]
         table.add_row(f"{requests} x {tokens}", f"{ms[0]:.3f}", *(f"{t:.3f} ({t / ms[0]:.2f}x)" for t in ms[1:]))

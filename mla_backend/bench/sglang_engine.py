@@ -3,7 +3,7 @@
 import socket
 import time
 
-from mla_backend.bench.engine import PAGE, STEPS, Experiment
+from mla_backend.bench.engine import PAGE, STEPS, Experiment, StepTimes
 from mla_backend.bench.machine import BenchmarkError
 from mla_kernels.device import default_place
 
@@ -35,9 +35,10 @@ def start(folder: str, backend: str, experiment: Experiment):
     return engine, f"SGLang {sglang.__version__}"
 
 
-def step_ms(engine, experiment: Experiment, requests: int, tokens: int) -> float:
-    """Milliseconds of a decode step: a batch that writes STEPS tokens against one that writes one, over the difference.
+def time_step(engine, experiment: Experiment, requests: int, tokens: int) -> StepTimes:
+    """Of a decode step: a batch that writes STEPS tokens against one that writes one, over the difference.
 
+    SGLang's graphs are in a process of their own: nothing is said of them.
     Raises BenchmarkError where prompts are not in the radix cache: the difference would hold a prefill.
     """
     prompts = experiment.prompts(requests, tokens)
@@ -53,4 +54,4 @@ def step_ms(engine, experiment: Experiment, requests: int, tokens: int) -> float
     (short, least), (long, less) = run(1), run(STEPS)
     if min(least, less) < tokens - PAGE:
         raise BenchmarkError(f"{requests} x {tokens}: only {min(least, less)} tokens of a prompt were in the cache")
-    return 1e3 * (long - short) / (STEPS - 1)
+    return StepTimes(1e3 * (long - short) / (STEPS - 1), None)
