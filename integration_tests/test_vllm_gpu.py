@@ -121,4 +121,4 @@ def test_nothing_is_compiled_and_little_allocated_while_serving(engine, checkpoi
     assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather", "merge"}
     said = float(re.search(r"a step takes up to ([\d.]+) MiB", run.log)[1]) * 2**20
     assert run.watch["peak"] <= said + OF_THE_MODEL
-    assert run.watch["kept"] <= 1 << 20
+    assert run.watch["kept"] <= 4 << 20
