@@ -4,13 +4,16 @@
 
 SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}. Rounds run one
 after another on the same engine. RESULT: for each round and prompt the new tokens, their log-probabilities and how
-many prompt tokens came from the prefix cache; how often each of our kernels was called; vLLM's counters.
+many prompt tokens came from the prefix cache; how often each of our kernels was called; vLLM's counters; what
+serving_watch.py saw.
 """
 
 import json
 import os
 import pathlib
 import sys
+
+from serving_watch import Watch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its counters can be read, it starts faster
 os.environ.setdefault(
@@ -21,7 +24,8 @@ os.environ.setdefault(
 def main(spec_path: str, result_path: str) -> None:
     from vllm import LLM, SamplingParams
 
-    spec = json.loads(pathlib.Path(spec_path).read_text())
+    spec, watch = json.loads(pathlib.Path(spec_path).read_text()), Watch()
+    watch.follow()
     options = {
         "dtype": "float32",
         "max_model_len": 1024,
@@ -36,12 +40,13 @@ def main(spec_path: str, result_path: str) -> None:
         "gpu_memory_utilization": 0.02,
     }
     llm = LLM(**{**options, **spec["llm"]})
+    watch.ready()
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)
     rounds = []
     for prompts in spec["rounds"]:
         answers = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         rounds.append([_answer(a) for a in answers])
-    result = {"rounds": rounds, "calls": _calls(), "metrics": _counters(llm)}
+    result = {"rounds": rounds, "calls": _calls(), "metrics": _counters(llm), "watch": watch.seen()}
     pathlib.Path(result_path).write_text(json.dumps(result))
 
 

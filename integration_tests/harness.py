@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,6 +24,20 @@ def prompts(lengths=LENGTHS, seed=0) -> list[list[int]]:
     """Random token ids, one prompt of each length."""
     rng = random.Random(seed)
     return [[rng.randrange(3, 500) for _ in range(n)] for n in lengths]
+
+
+def varied_rounds(many: int) -> list:
+    """One request, `many`, uneven lengths, long and short tails behind prefixes that were cached before, and repetition
+    that n-grams are found in."""
+    phrase, shared = prompts((9,))[0], prompts((300,))[0]
+    return [
+        prompts((5,)),
+        prompts((1, 300, 17, 64)),
+        [shared, *prompts((40,) * 5, seed=2)],
+        [shared + tail for tail in prompts((1, 8, 33, 60, 250), seed=3)],
+        prompts(tuple(range(2, 2 + many)), seed=4),
+        [phrase * 5, phrase[:4] * 8, *prompts((3,) * (many - 5), seed=5)],
+    ]
 
 
 def free_port() -> int:
@@ -50,12 +64,14 @@ def kernels_env(kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What one engine did: `rounds` of answers, `calls` of our kernels, the engine's `metrics`, and its `log`."""
+    """What one engine did: `rounds` of answers, `calls` of our kernels, the engine's `metrics`, its `log`, and what
+    serving_watch.py saw."""
 
     rounds: list
     calls: dict[str, int]
     metrics: dict[str, float]
     log: str
+    watch: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

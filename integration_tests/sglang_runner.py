@@ -6,7 +6,8 @@ SPEC: {"engine": keyword arguments of sglang.Engine, "rounds": [[prompt token id
 run one after another on the same engine. RESULT: as engine_runner.py writes it for vLLM.
 
 SGLang's scheduler runs our kernels in a process of its own, which is killed in the end. A plugin of this test, beside
-ours, writes down each call there, and can have SGLang's other operations done by PyTorch.
+ours, writes down each call there and each kernel that is compiled, and can have SGLang's other operations done by
+PyTorch.
 """
 
 import json
@@ -15,13 +16,17 @@ import pathlib
 import sys
 from collections import Counter
 
+from serving_watch import Watch
+
 PROBE = "kernel_calls_probe"
-CALLS_FILE = "MLA_TEST_CALLS_FILE"
+CALLS_FILE, COMPILED_FILE = "MLA_TEST_CALLS_FILE", "MLA_TEST_COMPILED_FILE"
 PLAIN_OPERATIONS = "MLA_TEST_PLAIN_OPERATIONS"
 
 
 def register() -> None:
-    """Entry point of the test's plugin: note every call of a kernel of ours in a file."""
+    """Entry point of the test's plugin: note every call of a kernel of ours in a file, and what is compiled in
+    another."""
+    Watch(note=_note_compiled).follow()
     if os.environ.get(PLAIN_OPERATIONS):
         _plain_operations()
     from mla_backend.attention import MLAAttention
@@ -34,6 +39,11 @@ def register() -> None:
         return call(self, operation, *args, **kwargs)
 
     MLAAttention._call = noted
+
+
+def _note_compiled(kernel: list) -> None:
+    with open(os.environ[COMPILED_FILE], "a") as compiled:
+        compiled.write(json.dumps(kernel) + "\n")
 
 
 def _plain_operations() -> None:
@@ -61,7 +71,7 @@ def install_probe(folder: pathlib.Path) -> pathlib.Path:
     calls = folder / "calls"
     calls.touch()
     sys.path.append(str(info.parent))  # processes that are spawned get this path, and this file's folder is on it
-    os.environ[CALLS_FILE] = str(calls)
+    os.environ[CALLS_FILE], os.environ[COMPILED_FILE] = str(calls), str(folder / "compiled")
     return calls
 
 
@@ -86,14 +96,21 @@ def main(spec_path: str, result_path: str) -> None:
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     engine = sglang.Engine(**{**options, **spec["engine"]})
+    early = len(_compiled())
     sampling = {"temperature": 0, "max_new_tokens": spec["max_tokens"], "ignore_eos": True}
     rounds = []
     for prompts in spec["rounds"]:
         answers = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
         rounds.append([_answer(a) for a in answers])
     result = {"rounds": rounds, "calls": Counter(calls.read_text().split()), "metrics": _numbers(engine)}
+    result["watch"] = {"early": early, "late": _compiled()[early:]}
     pathlib.Path(result_path).write_text(json.dumps(result))
     engine.shutdown()
+
+
+def _compiled() -> list:
+    path = pathlib.Path(os.environ[COMPILED_FILE])
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _answer(answer: dict) -> dict:

@@ -78,7 +78,7 @@ def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
 
 
 def test_context_of_several_chunks(engine, checkpoints, oracle):
-    """More cached context in one step than vLLM's workspace (eight requests of full length) holds at once."""
+    """More cached context in one step than half of vLLM's workspace (eight requests of full length) holds at once."""
     folder = checkpoints()
     context = prompts((129,) * 10)
     longer = [p + q for p, q in zip(context, prompts((7,) * 10, seed=1), strict=True)]
@@ -94,7 +94,7 @@ def test_context_of_several_chunks(engine, checkpoints, oracle):
     )
     assert_same_answers(run.rounds[1], oracle(folder, longer, 2))
     assert all(answer["cached"] == 128 for answer in run.rounds[1])
-    layers, chunks = 2, 2
+    layers, chunks = 2, 3
     assert run.calls["cache_gather:torch_gather"] == layers * chunks
 
 

@@ -1,9 +1,11 @@
 """The real engine on a GPU, with CUDA graphs: tokens of transformers, our kernels in decode and prefill."""
 
+import re
+
 import pytest
 import torch
 from fp8_oracle import FP8_TOLERANCE, generate_fp8
-from harness import MAX_TOKENS, assert_same_answers, prompts
+from harness import MAX_TOKENS, assert_same_answers, prompts, varied_rounds
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -90,3 +92,33 @@ def test_our_prefill_under_another_decode(engine, checkpoints, oracle):
         for got, want in zip(answers, oracle(folder, prompts()), strict=True):
             differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
             assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (number, got["cached"], differ, want.gaps)
+
+
+OF_THE_MODEL = 64 << 20  # bytes that a step of the small checkpoint takes elsewhere than in attention
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("speculation", [None, "ngram"])
+@pytest.mark.parametrize("kernel", ["auto", "triton_splitkv"])
+def test_nothing_is_compiled_and_little_allocated_while_serving(engine, checkpoints, kernel, speculation, graphs):
+    """Nothing that was not there when the engine was ready: no kernel, no memory that stays, and for a while no more
+    than the log says of a step."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    run = engine(
+        checkpoints(),
+        varied_rounds(64),
+        dtype="bfloat16",
+        max_num_seqs=64,
+        max_num_batched_tokens=256,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        env={"MLA_BACKEND_DECODE": kernel},
+        **({"speculative_config": ngram} if speculation else {}),
+        **(GRAPHS if graphs else {}),
+    )
+    assert run.watch["early"] > 0
+    assert run.watch["late"] == []
+    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather", "merge"}
+    said = float(re.search(r"a step takes up to ([\d.]+) MiB", run.log)[1]) * 2**20
+    assert run.watch["peak"] <= said + OF_THE_MODEL
+    assert run.watch["kept"] <= 4 << 20

@@ -38,6 +38,7 @@ class MLAAttention:
         self.chosen: dict[str, Selection] = {
             name: select(name, problem, device, kernel=config.kernel_for(name)) for name in operations
         }
+        self._workspaces: dict[int, tuple] = {}
         self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
 
     def _call(self, operation: str, *args, **kwargs):
@@ -68,7 +69,16 @@ class MLAAttention:
 
     def decode_workspace(self, max_requests: int):
         """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
-        return self.chosen["decode"].kernel.load().workspace(self.problem, self.device, max_requests=max_requests)
+        if max_requests not in self._workspaces:  # asked for in every layer and step
+            make = self.chosen["decode"].kernel.load().workspace
+            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=max_requests)
+        return self._workspaces[max_requests]
+
+    def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
+        """(requests, query tokens) of decode calls that take every form which the kernel has for up to `max_requests`
+        requests of any of `query_lens` tokens. Of Triton kernels only: others are not compiled."""
+        kernel = self.chosen["decode"].kernel.load()
+        return kernel.variants(self.problem, self.device, max_requests=max_requests, query_lens=query_lens)
 
     def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None) -> None:
         self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T, **self._scaled(cache_scale))
@@ -88,6 +98,13 @@ class MLAAttention:
             workspace=workspace,
             **self._scaled(cache_scale),
         )
+
+    def gather(
+        self, cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len: int, cache_scale=None
+    ) -> None:
+        """Copy cached rows of each request side by side, as in mla_kernels.reference.cache_gather."""
+        options = {"max_key_len": max_key_len, **self._scaled(cache_scale)}
+        self._call("cache_gather", cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, **options)
 
     def merge(self, out_TNV, lse_TN, part_TNV, part_lse_TN) -> None:
         """Fold attention over other keys into `out_TNV` and `lse_TN`."""
@@ -116,9 +133,9 @@ class MLAAttention:
         up_project: latent [S, L] to expanded [S, N, P + V]. Keys are never concatenated: nope part and value are views
         of its result, the rotary key is one row for all heads.
         """
-        keys = self._expand(up_project(kv_latent_TL), k_rope_TR)
-        cached = {"up_project": up_project, "cache_scale": cache_scale}
-        return self.prefill_expanded(q_TNQ, *keys, cache_AGK, step, out_TNV=out_TNV, **cached)
+        lse_TN = self._attend_new(q_TNQ, *self.expanded(up_project(kv_latent_TL), k_rope_TR), step, out_TNV)
+        # Expanded keys of the new tokens are gone: those of a chunk may take their place.
+        return self._attend_context(q_TNQ, cache_AGK, step, up_project, out_TNV, lse_TN, cache_scale)
 
     def prefill_expanded(
         self,
@@ -134,44 +151,44 @@ class MLAAttention:
         cache_scale=None,
     ) -> torch.Tensor:
         """As `prefill`, for new tokens whose keys and values somebody has expanded."""
+        lse_TN = self._attend_new(q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, step, out_TNV)
+        return self._attend_context(q_TNQ, cache_AGK, step, up_project, out_TNV, lse_TN, cache_scale)
+
+    def _attend_new(self, q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, step: PrefillStep, out_TNV) -> torch.Tensor:
+        """Fill `out_TNV` with what new tokens see of each other. Returns lse_TN."""
         lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
-        self.attend(
-            q_TNQ,
-            k_nope_TNP,
-            k_rope_TNR,
-            v_TNV,
-            step.query_start_B1,
-            step.query_start_B1,
-            max_query_len=step.max_query_len,
-            causal=True,
-            out_TNV=out_TNV,
-            lse_TN=lse_TN,
-        )
+        starts = step.query_start_B1
+        options = {"max_query_len": step.max_query_len, "out_TNV": out_TNV, "lse_TN": lse_TN}
+        self.attend(q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, starts, starts, causal=True, **options)
+        return lse_TN
+
+    def _attend_context(self, q_TNQ, cache_AGK, step: PrefillStep, up_project, out_TNV, lse_TN, cache_scale):
+        """Fold what new tokens see of their cached context into `out_TNV`, and return that."""
         latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
             rows_SK = step.gather_buffer_SK[: chunk.num_keys]
-            self._call(
-                "cache_gather",
+            self.gather(
                 cache_AGK,
                 step.block_table_BM[chunk.requests],
                 chunk.starts_B,
                 chunk.key_start_B1,
                 rows_SK,
                 max_key_len=chunk.max_key_len,
-                **self._scaled(cache_scale),
+                cache_scale=cache_scale,
             )
             part = self.attend(
                 q_TNQ[chunk.tokens],
-                *self._expand(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
+                *self.expanded(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
                 chunk.query_start_B1,
                 chunk.key_start_B1,
                 max_query_len=chunk.max_query_len,
                 causal=False,
             )
             self.merge(out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
+            del part  # before the next chunk needs as much
         return out_TNV
 
-    def _expand(self, kv_SNX, k_rope_SR):
+    def expanded(self, kv_SNX, k_rope_SR):
         """Nope part of the keys, their rotary part, the same for all heads, and values: views all."""
         geometry = self.problem.geometry
         k_nope, v = kv_SNX.split([geometry.qk_nope_head_dim, geometry.v_head_dim], -1)

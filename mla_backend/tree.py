@@ -48,21 +48,39 @@ class TreeAttention:
     """Decode of trees of `tokens` tokens. Arguments and errors as of MLAAttention."""
 
     def __init__(self, problem: Problem, device: Device, config: MLABackendConfig, *, scale: float, tokens: int):
-        layout = problem.layout
+        self._tokens, layout = tokens, problem.layout
         heads = replace(layout.geometry, num_heads=layout.geometry.num_heads * tokens)
         many_heads = replace(problem, layout=replace(layout, geometry=heads), max_query_len=1)
         single_tokens = replace(problem, layout=replace(layout, page_size=1), max_query_len=1)
         self._context = MLAAttention(many_heads, device, config, scale=scale, operations=("decode",))
         self._ancestors = MLAAttention(single_tokens, device, config, scale=scale, operations=("decode", "merge"))
 
-    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: TreeStep, *, cache_scale=None):
-        """Returns out_TNL in the queries' dtype and float32 natural-log lse_TN. T counts all tokens of all trees."""
+    def parts(self, max_requests: int) -> tuple[tuple[MLAAttention, int], ...]:
+        """What attends to the context and to the trees, and to how many requests of its own in a batch of so many."""
+        return (self._context, max_requests), (self._ancestors, max_requests * self._tokens)
+
+    def decode(
+        self,
+        q_latent_TNL,
+        q_rope_TNR,
+        cache_AGK,
+        step: TreeStep,
+        *,
+        workspaces=(None, None),
+        cache_scale=None,
+    ):
+        """Returns out_TNL in the queries' dtype and float32 natural-log lse_TN. T counts all tokens of all trees.
+
+        workspaces: scratch for each of `parts`, as in MLAAttention.decode; both may be the same memory.
+        """
         tokens, heads, _ = q_latent_TNL.shape
         trees = tokens // step.tokens
         together = (x.reshape(trees, step.tokens * heads, x.shape[-1]) for x in (q_latent_TNL, q_rope_TNR))
-        out_BXL, lse_BX = self._context.decode(*together, cache_AGK, step.context, cache_scale=cache_scale)
+        options = {"workspace": workspaces[0], "cache_scale": cache_scale}
+        out_BXL, lse_BX = self._context.decode(*together, cache_AGK, step.context, **options)
         out_TNL, lse_TN = out_BXL.reshape(tokens, heads, -1), lse_BX.reshape(tokens, heads)
         single_A1K = cache_AGK.view(-1, 1, cache_AGK.shape[-1])
-        part = self._ancestors.decode(q_latent_TNL, q_rope_TNR, single_A1K, step.ancestors, cache_scale=cache_scale)
+        options["workspace"] = workspaces[1]
+        part = self._ancestors.decode(q_latent_TNL, q_rope_TNR, single_A1K, step.ancestors, **options)
         self._ancestors.merge(out_TNL, lse_TN, *part)
         return out_TNL, lse_TN

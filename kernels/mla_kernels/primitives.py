@@ -57,6 +57,24 @@ def decode_outputs(q_latent_TNL, requests: int, query_len: int, *, ragged: bool,
     return out_TNL, lse_TN
 
 
+def reaching_all(forms, max_requests: int, query_lens) -> list[tuple[int, int]]:
+    """(requests, query tokens) of a few calls, small ones first, that between them have every form of all calls.
+
+    forms(requests, query_len): everything about a call of that size that makes Triton compile another kernel.
+    """
+    seen, chosen = set(), {}
+    for query_len in sorted(query_lens):
+        for requests in range(1, max_requests + 1):
+            of_call = set(forms(requests, query_len))
+            if not of_call <= seen:
+                seen |= of_call
+                chosen[requests, query_len] = of_call
+    for call, of_call in list(chosen.items()):  # later calls may have all that an earlier one was taken for
+        if of_call <= set().union(*(others for other, others in chosen.items() if other != call)):
+            del chosen[call]
+    return list(chosen)
+
+
 def scratch(workspace, shapes, device: torch.device):
     """`workspace`, which must be at least as large as `shapes` ((shape, dtype) each, flat) ask, or new tensors."""
     if workspace is None:

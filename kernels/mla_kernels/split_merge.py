@@ -20,7 +20,7 @@ def plan_size(parts: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["query_len", "rows_per_slot", "units"],
+    do_not_specialize=["query_len", "rows_per_slot", "units", "stride_lse_t", "stride_lse_n"],
     do_not_specialize_on_alignment=["query_start_ptr", "plan_ptr"],
 )
 def _merge_kernel(
@@ -77,7 +77,7 @@ def _merge_kernel(
         request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
 
 
-def _tile(requests: int, parts: int, rows: int) -> tuple[int, int, int]:
+def merge_form(requests: int, parts: int, rows: int) -> tuple[int, int, int]:
     """(pieces, query rows, columns) that a program looks at at once, the fastest of 16 on an H200.
 
     Few forms, so that few kernels are compiled. With many pieces a request, all of them at once, for each step of the
@@ -99,7 +99,7 @@ def merge_parts(
     """
     N, L = out_TNL.shape[1:]
     max_cuts = min(requests, parts)
-    pieces, block_r, columns = _tile(requests, parts, rows)
+    pieces, block_r, columns = merge_form(requests, parts, rows)
     columns = min(L, columns)
     units = triton.cdiv(rows, block_r) * (L // columns)
     starts = plan if query_start_B1 is None else query_start_B1  # not read where all have as many

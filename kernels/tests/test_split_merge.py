@@ -98,12 +98,12 @@ def test_cut_requests_are_merged(pieces, tokens, dead, latent, num_sms, dtype):
 
 
 def test_every_tile_is_tested():
-    """Of the forms that `_tile` has, each by one of the cases above (requests, parts, rows)."""
-    from mla_kernels.split_merge import _tile
+    """Of the forms that `merge_form` has, each by one of the cases above (requests, parts, rows)."""
+    from mla_kernels.split_merge import merge_form
 
     cases = {"130-pieces": (1, 133, 2), "2-pieces": (1, 5, 2), "many-rows-of-many-pieces": (1, 73, 80)}
-    assert {_tile(*case) for case in cases.values()} == {(128, 1, 64), (8, 2, 512), (32, 1, 256)}
-    chosen = {_tile(b, p, r) for b in (1, 3, 16, 200) for p in (1, 7, 66, 132) for r in (1, 16, 128, 8448)}
+    assert {merge_form(*case) for case in cases.values()} == {(128, 1, 64), (8, 2, 512), (32, 1, 256)}
+    chosen = {merge_form(b, p, r) for b in (1, 3, 16, 200) for p in (1, 7, 66, 132) for r in (1, 16, 128, 8448)}
     assert chosen <= {(128, 1, 64), (8, 2, 512), (32, 1, 256)}
 
 

@@ -8,6 +8,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
+from mla_backend.memory import CONTEXT_ROWS
+from mla_backend.scratch import Scratch
 from mla_backend.sglang_adapter import NAME, compat, logger
 from mla_backend.sglang_adapter.graphs import GraphBuffers
 from mla_backend.sglang_adapter.metadata import (
@@ -17,12 +19,19 @@ from mla_backend.sglang_adapter.metadata import (
     is_tree,
     visible_in_tree,
 )
-from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem, shares_cache
+from mla_backend.sglang_adapter.problem import (
+    ANY_KERNEL,
+    Facts,
+    drafts_trees,
+    longer_extends,
+    make_problem,
+    shares_cache,
+)
 from mla_backend.steps import DecodeStep
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
+from mla_backend.warmup import Traffic, warm_up
 
 SHORT_TABLE_PAGE = 16  # tokens a page, from which on a block table of the longest request costs nothing to copy
-CONTEXT_CHUNK = 16384  # rows of cached context that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in bf16
 
 
 class SGLangMLABackend(AttentionBackend):
@@ -48,24 +57,56 @@ class SGLangMLABackend(AttentionBackend):
         # Without them a block table is as wide as the longest request can be: too much to copy for pages of one token.
         self.needs_cpu_seq_lens = self.problem.layout.page_size < SHORT_TABLE_PAGE
         self.tables = PageTables(self.req_to_token_pool.req_to_token, self.problem.layout.page_size)
-        self._graph, self._scratch, self._reserved = None, None, 0
+        where = self.req_to_token_pool.req_to_token.device
+        self._graph, self._scratch, self._reserved = None, Scratch(where), 0
         requests = self.req_to_token_pool.req_to_token.shape[0]
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
         self.reserve(requests)
         long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
-        _say_once(
+        _say_once(  # before kernels are compiled, which takes a while
             f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
-            f"request in latent space: {long}"
+            f"request in latent space: {long}; {self._scratch.bytes / 2**20:.1f} MiB of scratch in all"
         )
+        if warmed := self._warm_up(requests, facts):
+            logger.info("mla_backend: %s", warmed)
 
     def reserve(self, requests: int) -> None:
-        """Decode scratch for so many requests, the same in every layer and step. What is enough stays where it is."""
-        if requests <= self._reserved:
-            return
-        self._reserved = requests
-        device = self.req_to_token_pool.req_to_token.device
-        shapes = self._attention(scale=self.problem.geometry.softmax_scale).decode_workspace(requests)
-        self._scratch = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes] or None
+        """Scratch for so many requests, the same in every layer and step. What is enough stays where it is."""
+        self._reserved = max(requests, self._reserved)
+        for attention, its_requests in self._decoders(self._reserved):
+            self._scratch.reserve(attention.decode_workspace(its_requests))
+
+    def _decoders(self, requests: int):
+        """All that decodes in latent space here, and how many requests of its own a batch of `requests` is to it."""
+        scale = self.problem.geometry.softmax_scale
+        yield self._attention(scale=scale), requests
+        yield self._long_attention(scale=scale), requests
+        if self._draft_tokens > 1:
+            yield from self._tree_attention(scale=scale, tokens=self._draft_tokens).parts(requests)
+
+    def _warm_up(self, requests: int, facts: Facts) -> str:
+        """Compile and load what any batch can need, before SGLang captures graphs or serves."""
+        where, page_size = self.req_to_token_pool.req_to_token.device, self.problem.layout.page_size
+        (short, _), (long, _), *tree = self._decoders(requests)
+        most = self.problem.max_query_len
+        traffic = Traffic(
+            max_requests=requests,
+            page_size=page_size,
+            uniform=sorted({1, self._draft_tokens}),
+            ragged=range(1, most + 1),
+        )
+        longer = Traffic(max_requests=requests, page_size=page_size, uniform=(), ragged=longer_extends(facts, most))
+        said = [warm_up(short, traffic, where, scratch=self._take(short, requests))]
+        said.append(warm_up(long, longer, where, scratch=self._take(long, requests), operations=("decode",)))
+        if drafts_trees(facts.arguments):
+            merged = self.problem.geometry.kv_lora_rank
+            for (attention, its_requests), tokens in zip(tree, (page_size, 1), strict=True):
+                traffic = Traffic(max_requests=its_requests, page_size=tokens, merged=merged)
+                said.append(warm_up(attention, traffic, where, scratch=self._take(attention, its_requests)))
+        return "; ".join(filter(None, said))
+
+    def _take(self, attention: MLAAttention, requests: int) -> list[torch.Tensor]:
+        return self._scratch.take(attention.decode_workspace(requests))
 
     def share_scratch_of(self, other: "SGLangMLABackend") -> None:
         """Take another backend's scratch, which must never run at the same time."""
@@ -85,7 +126,7 @@ class SGLangMLABackend(AttentionBackend):
                 forward_batch,
                 self.tables,
                 self.problem,
-                most_keys=min(CONTEXT_CHUNK, forward_batch.get_max_chunk_capacity()),
+                most_keys=min(CONTEXT_ROWS, forward_batch.get_max_chunk_capacity()),
             )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
@@ -233,14 +274,13 @@ class SGLangMLABackend(AttentionBackend):
         return torch.nn.functional.pad(out_TNL, (0, 0, 0, padding)) if padding else out_TNL
 
     def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TreeStep):
-        workspace = {}
+        tensors = q_latent_TNL, q_rope_TNR, self._cache(layer), step
         if isinstance(step, TreeStep):
-            attention = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
-        elif step.query_len <= self.problem.max_query_len:
-            attention, workspace = self._attention(scale=layer.scaling), {"workspace": self._scratch}
-        else:
-            attention = self._long_attention(scale=layer.scaling)
-        return attention.decode(q_latent_TNL, q_rope_TNR, self._cache(layer), step, **workspace)[0]
+            tree = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
+            return tree.decode(*tensors, workspaces=[self._take(*part) for part in tree.parts(self._reserved)])[0]
+        is_short = step.query_len <= self.problem.max_query_len
+        attention = (self._attention if is_short else self._long_attention)(scale=layer.scaling)
+        return attention.decode(*tensors, workspace=self._take(attention, self._reserved))[0]
 
     def _is_absorbed(self, layer) -> bool:
         geometry = self.problem.geometry

@@ -81,6 +81,19 @@ def shares_cache(arguments) -> bool:
     return any(backend not in (None, NAME) for backend in parts)
 
 
+def drafts_trees(arguments) -> bool:
+    """Whether drafts are trees, not chains."""
+    return (getattr(arguments, "speculative_eagle_topk", None) or 1) > 1
+
+
+def longer_extends(facts: Facts, shortest: int) -> list[int]:
+    """Query tokens of a request, more than `shortest`, that extends in latent space can bring: one number for each
+    power of two, at which kernels take other forms, and the most."""
+    chunk = getattr(facts.arguments, "chunked_prefill_size", None) or -1
+    most = min(chunk, facts.model_config.context_len) if chunk > 0 else facts.model_config.context_len
+    return sorted({n for n in (shortest + 1, *(2**i for i in range(most.bit_length())), most) if shortest < n <= most})
+
+
 def _refusals(facts: Facts):
     if not facts.is_mla:
         change = "name another --speculative-draft-attention-backend" if facts.is_draft else "leave the option out"
@@ -97,7 +110,7 @@ def _refusals(facts: Facts):
         value = getattr(facts.arguments, option, None)
         if value not in (None, default):
             yield f"it needs --{option.replace('_', '-')} left out, got {value}"
-    trees = (getattr(facts.arguments, "speculative_eagle_topk", None) or 1) > 1
+    trees = drafts_trees(facts.arguments)
     if trees and envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
         yield "it plans the verification of trees of draft tokens after them; unset SGLANG_ENABLE_OVERLAP_PLAN_STREAM"
     if trees and facts.page_size > 1:

@@ -78,6 +78,28 @@ def context_chunk_of_call(prefill, chunk, chunk_idx: int | None) -> ContextChunk
     return _packed_chunk(chunk) if chunk_idx is None else _rectangular_chunk(prefill, chunk_idx)
 
 
+def packs_context() -> bool:
+    """Whether a chunk of cached context may be for one request alone.
+
+    Why: until 0.27 each request of a batch gets an equal share of a chunk, in whole pages; since 0.28 chunks are
+    packed.
+    Remove when: vLLM 0.27 is no longer served.
+    """
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonPrefillMetadata
+
+    return hasattr(MLACommonPrefillMetadata, "ContextChunk")
+
+
+def counts_our_steps() -> bool:
+    """Whether vLLM asks us, in its profile of memory, for what a step takes.
+
+    Why: `reserve_workspace` came with 0.33.
+    """
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
+
+    return hasattr(MLACommonImpl, "reserve_workspace")
+
+
 def disable_broken_cpu_rotary_op(compilation_config) -> None:
     """Use vLLM's own torch rotary embedding on a CPU.
 

@@ -3,6 +3,7 @@
 import inspect
 from functools import cache
 from importlib.metadata import version
+from typing import ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -12,10 +13,12 @@ from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnu
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from mla_backend.attention import MLAAttention
-from mla_backend.config import MLABackendConfig
-from mla_backend.vllm_adapter import NAME
+from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.scratch import Scratch
+from mla_backend.vllm_adapter import NAME, compat, memory
 from mla_backend.vllm_adapter.backend import layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
+from mla_backend.warmup import Traffic, warm_up
 from mla_kernels import Problem, device_of
 
 logger = init_logger("vllm.mla_backend")
@@ -29,12 +32,21 @@ def _attention(problem: Problem, device, config: MLABackendConfig, scale: float,
     return attention
 
 
+@cache
+def _own_scratch(device: torch.device, shapes) -> Scratch:
+    """One for all layers that need as much."""
+    scratch = Scratch(device)
+    scratch.reserve(shapes)
+    return scratch
+
+
 class MLAImpl(MLACommonImpl[MLAMetadata]):
     """Cache write, decode and prefill by our kernels."""
 
     can_return_lse_for_decode: bool = True
     supports_dcp: bool = False
     supports_pcp: bool = False
+    _ready: ClassVar[set[tuple[MLAAttention, Traffic]]] = set()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -50,15 +62,70 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         device = device_of(vllm_config.device_config.device)
         max_requests = vllm_config.scheduler_config.max_num_seqs
         self.attention = _attention(problem, device, MLABackendConfig.from_environment(), self.scale, max_requests)
-        self._scratch_shapes = self.attention.decode_workspace(max_requests)
+        self._scratch_shapes = tuple(self.attention.decode_workspace(max_requests))
+        self._device = torch.device(vllm_config.device_config.device)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self._own_prefill = _claim_prefill(vllm_config.attention_config)
 
-    def _scratch(self) -> list[torch.Tensor] | None:
-        """Decode scratch: a slice of the memory that vLLM shares among layers and guards for each micro-batch."""
-        if not self._scratch_shapes or not is_workspace_manager_initialized():
-            return None
-        return current_workspace_manager().get_simultaneous(*self._scratch_shapes)
+    def _scratch(self) -> list[torch.Tensor]:
+        """Decode scratch: a slice of the memory that vLLM shares among layers, and locks before it serves. Where it has
+        none, on a CPU, of memory of our own."""
+        if not self._scratch_shapes:
+            return []
+        if is_workspace_manager_initialized():
+            return current_workspace_manager().get_simultaneous(*self._scratch_shapes)
+        return _own_scratch(self._device, self._scratch_shapes).take(self._scratch_shapes)
+
+    def reserve_workspace(self) -> None:
+        """vLLM (0.33) profiles memory: take for a moment what a step takes beyond what it counts itself."""
+        self._scratch()
+        ours, counted = self._step_memory(get_current_vllm_config())
+        torch.empty(max(ours - counted, 0), dtype=torch.uint8, device=self._device)
+
+    def _step_memory(self, vllm_config) -> tuple[int, int]:
+        """Bytes that a step of ours takes beside scratch, none if prefill is not ours, and those that vLLM counts."""
+        problem = self.attention.problem
+        ours = memory.step_bytes(vllm_config, problem) if self._own_prefill else 0
+        return ours, memory.profiled_bytes(vllm_config, problem)
+
+    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int) -> None:
+        """Compile and load all that serving can ask for, and say what memory a step takes.
+
+        most_query_tokens: that a request brings to decode.
+        """
+        traffic = Traffic(
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            page_size=page_size,
+            uniform=range(1, most_query_tokens + 1),
+            ragged=(most_query_tokens,),
+        )
+        if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
+            return
+        self._ready.add((self.attention, traffic))
+        warmed = warm_up(
+            self.attention,
+            traffic,
+            self._device,
+            scratch=self._scratch(),
+            scaled=self.attention.problem.layout.format.scaled,
+            operations=OPERATIONS if self._own_prefill else ("decode", "cache_write"),
+        )
+        if warmed:
+            logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config))
+
+    def _say_memory(self, vllm_config) -> str:
+        ours, counted = self._step_memory(vllm_config)
+        if not ours:
+            return ""
+        said = f"; a step takes up to {ours / 2**20:.1f} MiB beside scratch, and vLLM's profile of memory "
+        if ours <= counted:
+            return said + f"left it {counted / 2**20:.1f}"
+        if compat.counts_our_steps():
+            return said + "counted them"
+        return said + (
+            f"left it {counted / 2**20:.1f} only: leave the rest free, with a smaller --gpu-memory-utilization, or "
+            "lower --max-num-batched-tokens"
+        )
 
     def do_kv_cache_update(
         self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale=False

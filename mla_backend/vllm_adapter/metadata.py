@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from mla_backend.steps import DecodeStep, PrefillStep
-from mla_backend.vllm_adapter import compat
+from mla_backend.vllm_adapter import compat, memory
 
 
 @dataclass
@@ -37,6 +37,15 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata)
+        # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
+        layers = vllm_config.compilation_config.static_forward_context
+        for impl in {layers[name].impl.attention: layers[name].impl for name in layer_names}.values():
+            impl.get_ready(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold)
+
+    @staticmethod
+    def determine_chunked_prefill_workspace_size(vllm_config) -> int:
+        """Rows of the buffer that cached context is gathered into."""
+        return memory.context_rows(vllm_config)
 
     def _build_decode(
         self,

@@ -1,6 +1,7 @@
 """Our prefill as a vLLM prefill backend: for `-ac.mla_prefill_backend CUSTOM`, and for layers that call one
 directly."""
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -12,12 +13,22 @@ from mla_backend.config import MLABackendConfig
 from mla_backend.models import geometry_of
 from mla_backend.vllm_adapter import NAME, compat
 from mla_backend.vllm_adapter.backend import layer_geometry
+from mla_backend.warmup import Traffic, warm_up
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
 
 
 def _problem(geometry: MLAGeometry, dtype: torch.dtype) -> Problem:
     """Prefill works on expanded heads: the cache format that it is told does not matter to it."""
     return Problem(layout=CacheLayout(geometry=geometry, format=format_of(dtype), page_size=1), dtype=dtype)
+
+
+@cache
+def _attention(problem: Problem, where: torch.device, scale: float) -> MLAAttention:
+    """One object for all layers, with its kernels compiled. vLLM makes layers, and these, before it is ready."""
+    config = MLABackendConfig.from_environment()
+    attention = MLAAttention(problem, device_of(where), config, scale=scale, operations=("prefill",))
+    warm_up(attention, Traffic(max_requests=1, page_size=1), where, operations=("prefill",))
+    return attention
 
 
 class MLAPrefill(MLAPrefillBackend):
@@ -43,13 +54,8 @@ class MLAPrefill(MLAPrefillBackend):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._attention = MLAAttention(
-            _problem(layer_geometry(self), self.vllm_config.model_config.dtype),
-            device_of(self.vllm_config.device_config.device),
-            MLABackendConfig.from_environment(),
-            scale=self.scale,
-            operations=("prefill",),
-        )
+        problem = _problem(layer_geometry(self), self.vllm_config.model_config.dtype)
+        self._attention = _attention(problem, torch.device(self.vllm_config.device_config.device), self.scale)
 
     def supports_out(self) -> bool:
         return True

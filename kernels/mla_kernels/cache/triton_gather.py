@@ -22,7 +22,10 @@ def unsupported(problem, device: Device) -> list[str]:
     return refusals(device, rows=problem.dtype, cache=problem.layout.format.dtype)
 
 
-@triton.jit(do_not_specialize_on_alignment=["block_table_ptr", "starts_ptr", "key_start_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["block_table_ptr", "starts_ptr", "key_start_ptr"],
+)
 def _gather_kernel(
     cache_ptr, block_table_ptr, starts_ptr, key_start_ptr, scale_ptr, out_ptr,
     stride_page, stride_row, stride_table, stride_out,

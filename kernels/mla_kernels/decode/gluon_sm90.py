@@ -33,9 +33,9 @@ from mla_kernels.hopper_decode import (
     gather_keys,
     load_keys,
 )
-from mla_kernels.primitives import LOG2_E, decode_outputs, require_adjacent, scratch
+from mla_kernels.primitives import LOG2_E, decode_outputs, reaching_all, require_adjacent, scratch
 from mla_kernels.schedule import BLOCK, share
-from mla_kernels.split_merge import merge_parts, plan_size
+from mla_kernels.split_merge import merge_form, merge_parts, plan_size
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
 # request. Buffers in shared memory end in _s.
@@ -44,7 +44,7 @@ _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 
 @gluon.jit(
-    do_not_specialize=["batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table"],
+    do_not_specialize=["batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page"],
     do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
 )
 def _decode_kernel(
@@ -157,12 +157,24 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
 
 
 def _scratch_rows(rows: int, device: Device) -> int:
-    return 2 * _parts(rows, device) * rows
+    parts = _parts(rows, device)
+    return 2 * parts * rows if parts > 1 else 0  # one part has the whole batch: no request is cut
 
 
 def _scratch_shapes(rows: int, device: Device):
     plan = plan_size(device.num_sms)
     return ((rows * LATENT.value,), torch.float32), ((rows,), torch.float32), ((plan,), torch.int32)
+
+
+def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
+    """(requests, query tokens of each) of calls that between them take every form that kernels have for up to
+    `max_requests` requests of any of `query_lens` tokens."""
+
+    def forms(requests, query_len):
+        rows = query_len * problem.geometry.num_heads
+        return (merge_form(requests, _parts(rows, device), rows),)
+
+    return reaching_all(forms, max_requests, query_lens)
 
 
 def _in_16_bytes(q: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from mla_kernels.primitives import (
     dot_operand,
     from_cache,
     load_scale,
+    reaching_all,
     refusals,
     require_adjacent,
     scratch,
@@ -88,7 +89,7 @@ def _query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["query_len", "batch", "pieces_wanted"],
+    do_not_specialize=["query_len", "batch", "pieces_wanted", "stride_table", "stride_lse_t", "stride_lse_n"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
 )
 def _splitkv_kernel(
@@ -178,7 +179,7 @@ def _splitkv_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["query_len", "rows_per_slot"],
+    do_not_specialize=["query_len", "rows_per_slot", "stride_lse_t", "stride_lse_n"],
     do_not_specialize_on_alignment=["query_start_ptr", "plan_ptr"],
 )
 def _merge_kernel(
@@ -267,7 +268,7 @@ def _row_tiles_and_pieces(rows: int, tile: Tile, device: Device) -> tuple[int, i
 def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool = False) -> int:
     tile = _tile(rows, row_elements, itemsize, device, fp8)
     row_tiles, pieces = _row_tiles_and_pieces(rows, tile, device)
-    return 2 * pieces * row_tiles * tile.rows
+    return 2 * pieces * row_tiles * tile.rows if pieces > 1 else 0  # one piece for the batch: no request is cut
 
 
 def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -329,13 +330,30 @@ def run(
         BLOCK_M=tile.rows, BLOCK_T=tile.tokens, UPCAST=device.interpreted, **common,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    # Few query rows: several programs share one, each merges some columns of many pieces at a time.
-    columns = min(L, max(_MERGE_COLUMNS, triton.next_power_of_2(L * B * query_len * N // _MERGE_PROGRAMS)))
+    columns = _merge_columns(L, B * query_len * N)
     _merge_kernel[(query_len * N, B, L // columns)](
         out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
         BLOCK_S=_MERGE_VALUES // columns, COLUMNS=columns, **common, num_warps=4,
     )  # fmt: skip
     return out_TNL, lse_TN
+
+
+def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
+    """(requests, query tokens of each) of calls that between them take every form that kernels have for up to
+    `max_requests` requests of any of `query_lens` tokens."""
+    layout, heads = problem.layout, problem.geometry.num_heads
+    sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
+
+    def forms(requests, query_len):
+        columns = _merge_columns(problem.geometry.kv_lora_rank, requests * query_len * heads)
+        return (_tile(query_len * heads, *sizes), _batch_bucket(requests)), ("merge", columns)
+
+    return reaching_all(forms, max_requests, query_lens)
+
+
+def _merge_columns(latent: int, rows: int) -> int:
+    """Few query rows: several programs share one, each merges some columns of many pieces at a time."""
+    return min(latent, max(_MERGE_COLUMNS, triton.next_power_of_2(latent * rows // _MERGE_PROGRAMS)))
 
 
 def _batch_bucket(batch: int) -> int:

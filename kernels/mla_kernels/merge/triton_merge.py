@@ -28,7 +28,10 @@ def _weighted(ptr, weight, at, mask):
     return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows", "stride_lse_t", "stride_lse_n", "stride_part_lse_t", "stride_part_lse_n"],
+    do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr"],  # of some tokens of a batch
+)
 def _merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows,
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,

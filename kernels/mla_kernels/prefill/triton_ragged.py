@@ -89,7 +89,10 @@ def _fold(
     return top_M, total_M, acc1_MV, acc2_MV
 
 
-@triton.jit(do_not_specialize=["stride_lse_n"], do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr"])
+@triton.jit(
+    do_not_specialize=["stride_lse_t", "stride_lse_n"],
+    do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "lse_ptr"],
+)
 def _prefill_kernel(
     q_ptr, k_nope_ptr, k_rope_ptr, v_ptr, query_start_ptr, key_start_ptr, out_ptr, lse_ptr, scale_log2,
     stride_q_t, stride_q_n, stride_nope_s, stride_nope_n, stride_rope_s, stride_rope_n, stride_v_s, stride_v_n,

@@ -1,0 +1,156 @@
+"""What Triton would compile for batches of every kind, after the warm-up of a layer's attention.
+
+    python warmup_worker.py H200 '{"heads": 5}'            one JSON line: what batches made it compile after the warm-up
+    python warmup_worker.py H200 '{}' --forget             one line for each call of the warm-up, left out of it
+
+The device is one of gpu_stand_in.py; the second argument changes numbers of SPEC below. A line: {"calls": of the
+warm-up, "compiled": kernels by it, "late": kernels that batches then needed, "forgotten": operation left out, or null}.
+"""
+
+import json
+import random
+import sys
+from functools import partial
+
+import torch
+from gpu_stand_in import COMPILED, DEVICES, pretend, start_anew
+
+SPEC = {
+    "heads": 16,
+    "latent": 512,
+    "rope": 64,
+    "page_size": 64,
+    "dtype": "bfloat16",
+    "cache_dtype": "bfloat16",
+    "max_requests": 300,
+    "uniform": [1],
+    "ragged": [1],
+}
+
+
+class Server:
+    """Calls attention as engines do: with slices of larger tensors, and numbers at any address."""
+
+    def __init__(self, device: str, spec: dict):
+        from mla_backend.attention import MLAAttention
+        from mla_backend.config import MLABackendConfig
+        from mla_kernels import CacheLayout, MLAGeometry, Problem, format_of
+
+        self.spec, self._rng = spec, random.Random(0)
+        self.geometry = MLAGeometry(
+            num_heads=spec["heads"],
+            kv_lora_rank=spec["latent"],
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=spec["rope"],
+            v_head_dim=128,
+        )
+        self.dtype, cache_dtype = getattr(torch, spec["dtype"]), getattr(torch, spec["cache_dtype"])
+        layout = CacheLayout(geometry=self.geometry, format=format_of(cache_dtype), page_size=spec["page_size"])
+        most = max(spec["uniform"] + spec["ragged"])
+        problem = Problem(layout=layout, dtype=self.dtype, max_query_len=most)
+        self.attention = MLAAttention(problem, DEVICES[device], MLABackendConfig(), scale=0.1)
+        self.cache_AGK = torch.zeros(layout.shape(5), dtype=cache_dtype)
+        self.cache_scale = torch.ones(()) if layout.format.scaled else None
+        self.scratch = [
+            torch.zeros(shape, dtype=dtype)
+            for shape, dtype in self.attention.decode_workspace(max_requests=spec["max_requests"])
+        ]
+
+    def warm_up(self) -> list:
+        """(operation, call) of each call of the warm-up."""
+        from mla_backend import warmup
+
+        traffic = warmup.Traffic(
+            max_requests=self.spec["max_requests"],
+            page_size=self.spec["page_size"],
+            uniform=self.spec["uniform"],
+            ragged=self.spec["ragged"],
+        )
+        return warmup.calls(self.attention, traffic, torch.device("cpu"), self.scratch, self.cache_scale is not None)
+
+    def serve(self) -> None:
+        for requests in range(1, self.spec["max_requests"] + 1):
+            for query_len in self.spec["uniform"]:
+                self._decode(requests, query_len, requests * query_len)
+            for query_len in self.spec["ragged"]:
+                self._decode(requests, query_len, requests, ragged=True)
+        for new, old in (([1], [0]), ([1, 1], [1, 0]), ([16], [16]), ([15, 3], [40, 0]), ([100, 17, 1], [5, 33, 64])):
+            self._prefill(new, old)
+
+    def _ints(self, *shape: int) -> torch.Tensor:
+        """As engines hand them over: a slice of a longer tensor."""
+        first = self._rng.randrange(4)
+        return torch.zeros(first + shape[0], *shape[1:], dtype=torch.int32)[first:]
+
+    def _decode(self, requests: int, query_len: int, tokens: int, ragged: bool = False) -> None:
+        from mla_backend.steps import DecodeStep
+
+        heads, nope = self.geometry.num_heads, self.geometry.qk_nope_head_dim
+        absorbed_NTL = torch.zeros(heads, tokens, self.geometry.kv_lora_rank, dtype=self.dtype)  # a product per head
+        step = DecodeStep(
+            block_table_BM=self._ints(requests, self._rng.randrange(1, 40)),
+            seq_lens_B=self._ints(requests),
+            query_len=query_len,
+            query_start_B1=self._ints(requests + 1) if ragged else None,
+        )
+        self.attention.decode(
+            absorbed_NTL.transpose(0, 1),
+            torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)[..., nope:],
+            self.cache_AGK,
+            step,
+            workspace=self.scratch,
+            cache_scale=self.cache_scale,
+        )
+
+    def _prefill(self, new: list[int], old: list[int]) -> None:
+        from mla_backend.steps import PrefillStep, plan_context
+
+        geometry, tokens = self.geometry, sum(new)
+        zeros = partial(torch.zeros, dtype=self.dtype)
+        decoded = self._rng.randrange(9)  # tokens before those of the prefill in the engine's batch
+        row_TK = zeros(decoded + tokens, 1536 + geometry.latent_dim)[decoded:, 1536:]  # one product with the queries'
+        latent_TL, rope_TR = row_TK.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
+        step = PrefillStep(
+            query_start_B1=self._ints(len(new) + 1),
+            max_query_len=max(new),
+            block_table_BM=self._ints(len(new), self._rng.randrange(1, 40)),
+            chunks=plan_context(new, old, most_keys=32, device=torch.device("cpu")),
+            gather_buffer_SK=zeros(32, geometry.latent_dim),
+        )
+        slots = torch.zeros(decoded + tokens, dtype=torch.int64)[decoded:]
+        for scale in {self.cache_scale, None}:
+            self.attention.write(latent_TL.contiguous(), rope_TR, self.cache_AGK, slots, cache_scale=scale)
+        self.attention.prefill(
+            zeros(decoded + tokens, geometry.num_heads, geometry.qk_head_dim)[decoded:],
+            latent_TL,
+            rope_TR,
+            self.cache_AGK,
+            step,
+            up_project=lambda x: zeros(len(x), geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim),
+            out_TNV=zeros(decoded + tokens, geometry.num_heads, geometry.v_head_dim)[decoded:],
+            cache_scale=self.cache_scale,
+        )
+
+
+def try_without(server: Server, forgotten: int | None) -> dict:
+    """Warm up without one call, or with all, then serve."""
+    start_anew()
+    calls = server.warm_up()
+    for i, (_, call) in enumerate(calls):
+        if i != forgotten:
+            call()
+    compiled = len(COMPILED)
+    server.serve()
+    name = None if forgotten is None else calls[forgotten][0]
+    return {"calls": len(calls), "compiled": compiled, "late": COMPILED[compiled:], "forgotten": name}
+
+
+def main(device: str, changes: str, forget: str | None = None) -> None:
+    pretend(DEVICES[device])
+    server = Server(device, SPEC | json.loads(changes))
+    for forgotten in range(len(server.warm_up())) if forget else (None,):
+        print(json.dumps(try_without(server, forgotten)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""Room for a step of ours in what vLLM's profile of memory counts.
+
+In its profile run vLLM allocates what the up-projection of its own largest chunk of cached context would take, and
+calls nothing of ours before 0.33. So our chunks are smaller, and all that a step of ours allocates fits into that.
+"""
+
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
+
+from mla_backend.memory import CONTEXT_ROWS, most_bytes
+from mla_backend.vllm_adapter import compat
+from mla_kernels import Problem, tensor_bytes
+
+
+def context_rows(vllm_config) -> int:
+    """Cached rows that prefill gathers and expands at a time: half of vLLM's at most, whole pages."""
+    vllms_own = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
+    page = vllm_config.cache_config.block_size
+    least = page if compat.packs_context() else page * vllm_config.scheduler_config.max_num_seqs
+    return max(least, min(vllms_own // 2 // page * page, CONTEXT_ROWS))
+
+
+def step_bytes(vllm_config, problem: Problem) -> int:
+    """Bytes that a step of ours can take beside decode scratch."""
+    scheduler = vllm_config.scheduler_config
+    tokens = scheduler.max_num_batched_tokens
+    return most_bytes(
+        problem,
+        tokens=tokens,
+        decode_tokens=min(tokens, scheduler.max_num_seqs * problem.max_query_len),
+        context_rows=context_rows(vllm_config),
+    )
+
+
+def profiled_bytes(vllm_config, problem: Problem) -> int:
+    """Bytes that vLLM's profile run allocates for a layer's chunk of context."""
+    geometry = problem.geometry
+    rows = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
+    widths = geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim
+    return tensor_bytes((rows, *widths), problem.dtype)
