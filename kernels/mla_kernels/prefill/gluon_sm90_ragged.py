@@ -1,0 +1,208 @@
+"""Ragged prefill attention over expanded heads for Hopper in Gluon: persistent, warp-specialised.
+
+One program an SM takes tiles of 128 queries of a head, longest first, as it gets done with others. One warp copies
+queries, keys and values by TMA, from where the projection left them: keys are never concatenated. Two warpgroups have 64
+of the queries each and take turns on the tensor cores (hopper_prefill.py).
+"""
+
+from functools import cache
+from itertools import count
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mla_kernels.device import Device, device_of
+from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
+from mla_kernels.hopper_prefill import COLUMNS, FIELDS, ROWS, Batch, Shared, attend, load
+from mla_kernels.primitives import LOG2_E, require_adjacent
+
+# Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
+# memory end in _s.
+
+_L2_BYTES = 32 << 20  # of keys and values that run side by side: what an H200's 50 MB keep of them
+
+
+@gluon.jit(
+    do_not_specialize=["batch", "group_keys", "stride_q", "stride_nope", "stride_rope", "stride_v", "stride_lse_n"],
+    do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "claimed_ptr"],
+)
+def _prefill_kernel(
+    q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
+    query_start_ptr, key_start_ptr, batch, claimed_ptr, group_keys, scale_log2,
+    out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
+    N: gl.constexpr, C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(dtype, [2 * C, ROWS, COLUMNS], SWIZZLED)
+    k_s = gl.allocate_shared_memory(dtype, [2 * C, BLOCK, COLUMNS], SWIZZLED)
+    v_s = gl.allocate_shared_memory(dtype, [2, BLOCK, V], SWIZZLED)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    for d in gl.static_range(2):
+        mbarrier.init(q_full.index(d), count=1)
+        mbarrier.init(q_empty.index(d), count=1)
+        mbarrier.init(k_full.index(d), count=1)
+        mbarrier.init(k_empty.index(d), count=2)
+        mbarrier.init(v_full.index(d), count=1)
+        mbarrier.init(v_empty.index(d), count=2)
+        mbarrier.init(tile_full.index(d), count=1)
+        mbarrier.init(tile_empty.index(d), count=2)
+        mbarrier.init(turn.index(d), count=1)
+    fence_async_shared()
+    barrier()
+
+    smem = Shared(
+        q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty, turn
+    )  # fmt: skip
+    out = (out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n)
+    keys = (nope_desc, rope_desc, stride_nope, stride_rope)
+    tiles = Batch(query_start_ptr, key_start_ptr, batch, claimed_ptr, group_keys)
+    gl.warp_specialize(
+        [
+            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, WIDE)),
+            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, WIDE)),
+            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, N, C, R, V, BLOCK, CAUSAL)),
+        ],
+        [4, 1],
+        [240, LOADER_REGS],
+    )
+
+
+def _shared_bytes(parts: int, v_width: int, block: int) -> int:
+    """Queries of a tile, two blocks of keys and values, barriers."""
+    q_and_k = (2 * ROWS.value + 2 * block) * parts * COLUMNS.value
+    return 2 * (q_and_k + 2 * block * v_width) + 1024
+
+
+def _block(device: Device, qk_width: int, v_width: int) -> int | None:
+    """Keys of a block: what fits in shared memory, and leaves a warpgroup registers for the output."""
+    for block in (128, 64):
+        fits = _shared_bytes(qk_width // COLUMNS.value, v_width, block) <= device.shared_bytes
+        if fits and block + v_width <= 320:
+            return block
+    return None
+
+
+def unsupported(problem, device: Device) -> list[str]:
+    reasons = []
+    if not KNOWN_GLUON:
+        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
+    if device.kind != "cuda" or device.arch != 90:
+        reasons.append(f"needs sm_90, got {device}")
+    elif device.interpreted:
+        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"queries must be bfloat16 or float16, got {problem.dtype}")
+    geometry = problem.geometry
+    nope, rope, v = geometry.qk_nope_head_dim, geometry.qk_rope_head_dim, geometry.v_head_dim
+    if nope % 64 or rope % 64 or nope + rope > 256:
+        reasons.append(f"needs nope and rope of multiples of 64, 256 together at most, got {nope} + {rope}")
+    if v not in (64, 128, 256):
+        reasons.append(f"needs v of 64, 128 or 256, got {v}")
+    return reasons
+
+
+@cache
+def _wide(v_width: int):
+    """The output's layout, but with four neighbouring columns in a thread: threads of a quad exchange what they hold."""
+    columns = [[0, 16 << i] for i in range((v_width // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], *columns],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, v_width],
+    )
+
+
+def _describe(x, box):
+    """(TMA descriptor of x [rows, N, width] as rows of all heads, elements from a head to the next)."""
+    rows, heads, width = x.shape
+    stride = x.stride(1) if heads > 1 else 0
+    if x.data_ptr() % 16 or x.stride(0) % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
+        stride = x.stride(1)
+    view = x.as_strided((rows, (heads - 1) * stride + width), (x.stride(0), 1))
+    return TensorDescriptor.from_tensor(view, box, SWIZZLED.value), stride
+
+
+_SLOTS = 1 << 12
+_next_slot = count()
+
+
+@cache
+def _counters(index: int) -> torch.Tensor:
+    """Zeros, 128 bytes apart."""
+    return torch.zeros(_SLOTS, 32, dtype=torch.int32, device=f"cuda:{index}")
+
+
+@cache
+def _slot_of(index: int, stream: int) -> int:
+    return next(_next_slot)
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    stream = torch.cuda.current_stream(device).cuda_stream
+    slot = next(_next_slot) if torch.cuda.is_current_stream_capturing() else _slot_of(device.index, stream)
+    return _counters(device.index)[slot]
+
+
+def run(
+    q_TNQ,
+    k_nope_SNP,
+    k_rope_SNR,
+    v_SNV,
+    query_start_B1,
+    key_start_B1,
+    *,
+    max_query_len,
+    scale,
+    causal,
+    out_TNV=None,
+    lse_TN=None,
+):
+    """Same contract as reference.prefill, but rows of `out_TNV` that no request owns keep what they held.
+
+    All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
+    """
+    T, N, Q = q_TNQ.shape
+    P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
+    if out_TNV is None:
+        out_TNV = q_TNQ.new_zeros(T, N, V)
+    if lse_TN is None:
+        lse_TN = q_TNQ.new_full((T, N), -torch.inf, dtype=torch.float32)
+    require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
+    B = len(query_start_B1) - 1
+    if T == 0 or B == 0:
+        return out_TNV, lse_TN
+    if len(v_SNV) == 0:
+        return out_TNV.zero_(), lse_TN.fill_(-torch.inf)
+    device = device_of(q_TNQ)
+    block = _block(device, Q, V)
+    (q_desc, stride_q), (nope_desc, stride_nope), (v_desc, stride_v) = (
+        _describe(q_TNQ, [ROWS.value, COLUMNS.value]),
+        _describe(k_nope_SNP, [block, COLUMNS.value]),
+        _describe(v_SNV, [block, V]),
+    )
+    rope_desc, stride_rope = _describe(k_rope_SNR, [block, COLUMNS.value]) if R else (nope_desc, 0)
+    _prefill_kernel[(device.num_sms,)](
+        q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
+        query_start_B1, key_start_B1, B, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
+        out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
+        N=N, C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
+        num_warps=4,
+    )  # fmt: skip
+    return out_TNV, lse_TN
