@@ -313,14 +313,17 @@ def attend(
             mbarrier.wait(smem.q_full.index(W), count & 1)
             s = warpgroup_mma_wait(0, deps=[_scores(block, smem, W, C, BLOCK)])
             mbarrier.arrive(smem.k_empty.index(block & 1), count=1)
+            if blocks == 1:
+                mbarrier.arrive(smem.q_empty.index(W), count=1)
             if begin + BLOCK > all_see:
                 s = _hide(s, begin, sees)
             top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
             weight, top, rescale, total = _weights(s, top, scale_log2)
             p = gl.convert_layout(weight.to(dtype), p_lay)
             acc = gl.zeros([ROWS, V], gl.float32, o_lay)
+            stage, phase, _ = ring(block)
+            mbarrier.wait(smem.v_full.index(stage), phase)
             if begin + BLOCK > keys:
-                mbarrier.wait(smem.v_full.index(block & 1), (block >> 1) & 1)
                 _zero_tail(smem.v.index(block & 1), keys - begin, V, BLOCK)
                 fence_async_shared()
                 barrier()
@@ -330,23 +333,26 @@ def attend(
                 mbarrier.wait(smem.turn.index(W), (turn & 1) ^ (1 - W))
                 turn += 1
                 s = _scores(block + 1, smem, W, C, BLOCK)
-                mbarrier.wait(smem.v_full.index(stage), phase)
                 acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
                 mbarrier.arrive(smem.turn.index(1 - W), count=1)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)
+                if b == blocks - 1:
+                    mbarrier.arrive(smem.q_empty.index(W), count=1)
                 if begin + BLOCK > all_see:
                     s = _hide(s, begin, sees)
                 weight, top, rescale, sums = _weights(s, top, scale_log2)
                 total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None] + sums
+                # Asked for here, too, because of what a branch does: the assembler would otherwise wait for the product
+                # below before it takes the exponentials above, instead of meanwhile.
+                next_stage, next_phase, _ = ring(block + 1)
+                mbarrier.wait(smem.v_full.index(next_stage), next_phase)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(smem.v_empty.index(stage), count=1)
                 acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]
                 p = gl.convert_layout(weight.to(dtype), p_lay)
                 block += 1
-            mbarrier.arrive(smem.q_empty.index(W), count=1)
-            stage, phase, _ = ring(block)
-            mbarrier.wait(smem.v_full.index(stage), phase)
+            stage, _, _ = ring(block)
             acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(smem.v_empty.index(stage), count=1)
