@@ -53,7 +53,8 @@ class Batch(NamedTuple):
 
     query_start: object
     key_start: object
-    size: object
+    size: object  # requests
+    heads: object
     claimed: object
     group_keys: object  # keys of all heads whose tiles run side by side, so that they fit in L2
 
@@ -64,28 +65,28 @@ def _add(a, b):
 
 
 @gluon.jit
-def _tile_ends(first, batch, N: gl.constexpr):
+def _tile_ends(first, batch):
     """Tiles of requests first .. first + i together, for i below GROUP."""
     lay: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     request = first + gl.arange(0, GROUP, lay)
     real = request < batch.size
-    begin = gl.load(batch.query_start + request, mask=real, other=0)
-    end = gl.load(batch.query_start + request + 1, mask=real, other=0)
-    return gl.associative_scan((end - begin + TILE_ROWS - 1) // TILE_ROWS * N, 0, _add)
+    begin = gl.load(batch.query_start + request, mask=real, other=0).to(gl.int32)
+    end = gl.load(batch.query_start + request + 1, mask=real, other=0).to(gl.int32)
+    return gl.associative_scan((end - begin + TILE_ROWS - 1) // TILE_ROWS * batch.heads, 0, _add)
 
 
 @gluon.jit
-def _find(index, first, before, batch, N: gl.constexpr):
+def _find(index, first, before, batch):
     """(request, which of its tiles, first, before, end) of the index-th tile; no request when there are fewer, and then
     `end` is how many there are.
 
     first, before: a request to start at, a multiple of GROUP, and the number of tiles that come before it.
     """
-    ends = _tile_ends(first, batch, N)
+    ends = _tile_ends(first, batch)
     while (index >= before + gl.max(ends, 0)) & (first + GROUP < batch.size):
         before += gl.max(ends, 0)
         first += GROUP
-        ends = _tile_ends(first, batch, N)
+        ends = _tile_ends(first, batch)
     local = index - before
     over = ends <= local
     request = first + gl.sum(over.to(gl.int32), 0)
@@ -93,13 +94,13 @@ def _find(index, first, before, batch, N: gl.constexpr):
 
 
 @gluon.jit
-def _order(local, tiles, keys, batch, N: gl.constexpr):
+def _order(local, tiles, keys, batch):
     """(tile, head) of a request's local-th tile: the tiles of a group of heads together, since L2 holds their keys, and
     in it the last, which sees most keys, first."""
-    group = gl.minimum(gl.maximum(batch.group_keys // gl.maximum(keys, 1), 1), N)
+    group = gl.minimum(gl.maximum(batch.group_keys // gl.maximum(keys, 1), 1), batch.heads)
     head = local // (tiles * group) * group
     local -= head * tiles
-    group = gl.minimum(group, N - head)
+    group = gl.minimum(group, batch.heads - head)
     return tiles - 1 - local // group, head + local % group
 
 
@@ -160,7 +161,7 @@ def _load_v(values, row, head, block, smem, V: gl.constexpr, BLOCK: gl.constexpr
 @gluon.jit
 def load(
     queries, keys, values, batch, smem,
-    N: gl.constexpr, C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warp: claims tiles until there are no more, and fills the buffers.
 
@@ -176,14 +177,14 @@ def load(
     count = 0
     more = True
     while more:
-        request, local, first, before, total = _find(index, first, before, batch, N)
+        request, local, first, before, total = _find(index, first, before, batch)
         more = request < batch.size
         if more:
-            first_query = gl.load(batch.query_start + request)
-            first_key = gl.load(batch.key_start + request)
-            num_queries = gl.load(batch.query_start + request + 1) - first_query
-            num_keys = gl.load(batch.key_start + request + 1) - first_key
-            tile, head = _order(local, (num_queries + TILE_ROWS - 1) // TILE_ROWS, num_keys, batch, N)
+            first_query = gl.load(batch.query_start + request).to(gl.int32)
+            first_key = gl.load(batch.key_start + request).to(gl.int32)
+            num_queries = gl.load(batch.query_start + request + 1).to(gl.int32) - first_query
+            num_keys = gl.load(batch.key_start + request + 1).to(gl.int32) - first_key
+            tile, head = _order(local, (num_queries + TILE_ROWS - 1) // TILE_ROWS, num_keys, batch)
             row = tile * TILE_ROWS
             rows = gl.minimum(num_queries - row, TILE_ROWS)
             sees = num_keys

@@ -56,3 +56,46 @@ def test_causal_lengths_around_every_edge(kernel, lens, needles):
 @pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 400, 129]], ids=str)
 def test_every_query_sees_every_key(kernel, key_lens, needles):
     check(kernel, geometry(), [20, 3, 165], key_lens, causal=False, needles=needles)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "key_lens"),
+    [([1, 1, 1], [64, 65, 128]), ([5, 170], [67, 271]), ([65, 2], [128, 0]), ([170, 3, 66], [5, 1, 65])],
+    ids=str,
+)
+def test_causal_queries_are_the_last_of_their_keys(kernel, query_lens, key_lens):
+    check(kernel, geometry(), query_lens, key_lens)
+
+
+@pytest.mark.parametrize(
+    ("heads", "nope", "rope", "v"), [(1, 192, 64, 256), (3, 64, 64, 64), (2, 256, 0, 256), (20, 128, 64, 128)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_geometries(kernel, heads, nope, rope, v, causal):
+    check(kernel, geometry(heads, nope, rope, v), [9, 150], [70, 150], causal=causal)
+
+
+def test_more_requests_than_are_looked_at_at_once(kernel):
+    check(kernel, geometry(1), [(37 * i) % 70 if i % 3 else 0 for i in range(70)])
+
+
+def test_heads_in_groups(kernel, monkeypatch):
+    """As if L2 held the keys of two heads only: other tiles follow one another, and all are there."""
+    monkeypatch.setattr(kernel, "_L2_BYTES", 2 * 300 * 512)
+    check(kernel, geometry(5), [300, 129])
+
+
+def test_strided_and_concatenated(kernel):
+    """vLLM hands over one tensor of whole keys, and queries may be a slice of a projection's output."""
+
+    def change(case, shift=8):
+        q, k_nope, k_rope, v, *starts = case.arrays
+        k = torch.cat([k_nope, k_rope], -1)
+        wide = torch.full((len(q), q.shape[1] + 1, q.shape[2] + 32), torch.nan, dtype=q.dtype)
+        view = wide[:, 1:, shift : q.shape[2] + shift].copy_(q)
+        by_head = torch.empty(v.shape[1], len(v), v.shape[2], dtype=v.dtype).transpose(0, 1).copy_(v)
+        arrays = (view, k[..., : k_nope.shape[-1]], k[..., k_nope.shape[-1] :], by_head, *(s.long() for s in starts))
+        return RaggedCase(geometry=case.geometry, arrays=arrays, options=case.options)
+
+    check(kernel, geometry(3), [70, 9], [100, 9], change=change)
+    check(kernel, geometry(3), [70, 9], [100, 9], change=lambda case: change(case, shift=3))

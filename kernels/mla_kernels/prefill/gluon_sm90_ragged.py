@@ -5,8 +5,8 @@ queries, keys and values by TMA, from where the projection left them: keys are n
 of the queries each and take turns on the tensor cores (hopper_prefill.py).
 """
 
+from collections.abc import Iterator
 from functools import cache
-from itertools import count
 
 import torch
 from triton.experimental import gluon
@@ -24,16 +24,21 @@ from mla_kernels.primitives import LOG2_E, require_adjacent
 
 _L2_BYTES = 32 << 20  # of keys and values that run side by side: what an H200's 50 MB keep of them
 
+_COUNTERS = 1 << 12
+
 
 @gluon.jit(
-    do_not_specialize=["batch", "group_keys", "stride_q", "stride_nope", "stride_rope", "stride_v", "stride_lse_n"],
+    do_not_specialize=[
+        "batch", "heads", "group_keys", "stride_q", "stride_nope", "stride_rope", "stride_v", "stride_lse_t",
+        "stride_lse_n",
+    ],  # fmt: skip
     do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "claimed_ptr"],
 )
 def _prefill_kernel(
     q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
-    query_start_ptr, key_start_ptr, batch, claimed_ptr, group_keys, scale_log2,
+    query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
-    N: gl.constexpr, C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
     WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
@@ -69,12 +74,12 @@ def _prefill_kernel(
     )  # fmt: skip
     out = (out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n)
     keys = (nope_desc, rope_desc, stride_nope, stride_rope)
-    tiles = Batch(query_start_ptr, key_start_ptr, batch, claimed_ptr, group_keys)
+    tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys)
     gl.warp_specialize(
         [
             (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, WIDE)),
             (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, WIDE)),
-            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, N, C, R, V, BLOCK, CAUSAL)),
+            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL)),
         ],
         [4, 1],
         [240, LOADER_REGS],
@@ -129,35 +134,40 @@ def _wide(v_width: int):
 
 
 def _describe(x, box):
-    """(TMA descriptor of x [rows, N, width] as rows of all heads, elements from a head to the next)."""
+    """(TMA descriptor of x [rows, N, width] as rows of all heads, elements from a head to the next).
+
+    A copy of x where TMA cannot go: it wants rows at multiples of 16 bytes and columns that 31 bits hold.
+    """
     rows, heads, width = x.shape
     stride = x.stride(1) if heads > 1 else 0
-    if x.data_ptr() % 16 or x.stride(0) % 8:
+    row_stride = x.stride(0) if rows > 1 else heads * width
+    if x.data_ptr() % 16 or row_stride % 8 or heads * stride >= 2**31:
         x = x.clone(memory_format=torch.contiguous_format)
-        stride = x.stride(1)
-    view = x.as_strided((rows, (heads - 1) * stride + width), (x.stride(0), 1))
+        row_stride, stride = heads * width, width
+    view = x.as_strided((rows, (heads - 1) * stride + width), (row_stride, 1))
     return TensorDescriptor.from_tensor(view, box, SWIZZLED.value), stride
 
 
-_SLOTS = 1 << 12
-_next_slot = count()
+@cache
+def _counters(index: int) -> Iterator[torch.Tensor]:
+    """Zeros on a GPU, 128 bytes apart, for launches to claim tiles from; each leaves its own at zero."""
+    zeros = torch.zeros(_COUNTERS, 32, dtype=torch.int32, device=f"cuda:{index}")
+    torch.cuda.synchronize(index)  # other streams than this one will use them
+    return iter(zeros)
 
 
 @cache
-def _counters(index: int) -> torch.Tensor:
-    """Zeros, 128 bytes apart."""
-    return torch.zeros(_SLOTS, 32, dtype=torch.int32, device=f"cuda:{index}")
-
-
-@cache
-def _slot_of(index: int, stream: int) -> int:
-    return next(_next_slot)
+def _counter_of_stream(index: int, stream: int) -> torch.Tensor:
+    return next(_counters(index))
 
 
 def _counter(device: torch.device) -> torch.Tensor:
-    stream = torch.cuda.current_stream(device).cuda_stream
-    slot = next(_next_slot) if torch.cuda.is_current_stream_capturing() else _slot_of(device.index, stream)
-    return _counters(device.index)[slot]
+    """A zero that no launch which may run beside this one claims tiles from: one for each stream, whose launches run
+    one after the other, and one for each launch that is captured, since replays of a graph do."""
+    if not torch.cuda.is_current_stream_capturing():
+        return _counter_of_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
+    made = next(_counters(device.index), None) if _counters.cache_info().currsize else None
+    return torch.zeros(1, dtype=torch.int32, device=device) if made is None else made  # captured, too
 
 
 def run(
@@ -200,9 +210,9 @@ def run(
     rope_desc, stride_rope = _describe(k_rope_SNR, [block, COLUMNS.value]) if R else (nope_desc, 0)
     _prefill_kernel[(device.num_sms,)](
         q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
-        query_start_B1, key_start_B1, B, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
+        query_start_B1, key_start_B1, B, N, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
         out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
-        N=N, C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
+        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
         num_warps=4,
     )  # fmt: skip
     return out_TNV, lse_TN
