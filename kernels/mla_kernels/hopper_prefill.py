@@ -76,13 +76,12 @@ def _tile_ends(first, batch):
 
 
 @gluon.jit
-def _find(index, first, before, batch):
-    """(request, which of its tiles, first, before, end) of the index-th tile; no request when there are fewer, and then
-    `end` is how many there are.
+def _find(index, first, before, ends, batch):
+    """(request, which of its tiles, first, before, ends) of the index-th tile; no request when there are fewer, and
+    then `before` and the last of `ends` are how many there are.
 
-    first, before: a request to start at, a multiple of GROUP, and the number of tiles that come before it.
+    first, before, ends: a request to start at, a multiple of GROUP, tiles that come before it, and _tile_ends from it.
     """
-    ends = _tile_ends(first, batch)
     while (index >= before + gl.max(ends, 0)) & (first + GROUP < batch.size):
         before += gl.max(ends, 0)
         first += GROUP
@@ -90,7 +89,7 @@ def _find(index, first, before, batch):
     local = index - before
     over = ends <= local
     request = first + gl.sum(over.to(gl.int32), 0)
-    return request, local - gl.max(gl.where(over, ends, 0), 0), first, before, before + gl.max(ends, 0)
+    return request, local - gl.max(gl.where(over, ends, 0), 0), first, before, ends
 
 
 @gluon.jit
@@ -159,58 +158,65 @@ def _load_v(values, row, head, block, smem, V: gl.constexpr, BLOCK: gl.constexpr
 
 
 @gluon.jit
+def _load_nothing(block, count, smem):
+    """Say that keys and queries are there, for the products that the warpgroups start after their last tile."""
+    stage, phase, _ = ring(block)
+    mbarrier.wait(smem.k_empty.index(stage), phase ^ 1)
+    mbarrier.arrive(smem.k_full.index(stage), count=1)
+    for w in gl.static_range(2):
+        mbarrier.wait(smem.q_empty.index(w), (count & 1) ^ 1)
+        mbarrier.arrive(smem.q_full.index(w), count=1)
+
+
+@gluon.jit
 def load(
     queries, keys, values, batch, smem,
     C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warp: claims tiles until there are no more, and fills the buffers.
 
-    The first tile is the program's own number; others are claimed when they are needed, so that programs which are
-    ahead take more. Whoever claims last sets the counter back to 0, for the next launch.
+    The first tile is the program's own number; others are claimed shortly before they are needed, so that programs
+    which are ahead take more. Whoever claims last sets the counter back to 0, for the next launch.
     """
     q_desc, q_stride = queries
-    index = gl.program_id(0)
     claim = -1
     first = 0
     before = 0
     block = 0
     count = 0
-    more = True
-    while more:
-        request, local, first, before, total = _find(index, first, before, batch)
-        more = request < batch.size
-        if more:
-            first_query = gl.load(batch.query_start + request).to(gl.int32)
-            first_key = gl.load(batch.key_start + request).to(gl.int32)
-            num_queries = gl.load(batch.query_start + request + 1).to(gl.int32) - first_query
-            num_keys = gl.load(batch.key_start + request + 1).to(gl.int32) - first_key
-            tile, head = _order(local, (num_queries + TILE_ROWS - 1) // TILE_ROWS, num_keys, batch)
-            row = tile * TILE_ROWS
-            rows = gl.minimum(num_queries - row, TILE_ROWS)
-            sees = num_keys
-            last = num_keys
-            if CAUSAL:  # queries are the last tokens of their keys
-                sees = num_keys - num_queries + row + 1
-                last = sees + rows - 1
-            blocks = gl.maximum((last + BLOCK - 1) // BLOCK, 1)  # one that nobody sees is as good as none, and simpler
-            _tell(smem, count, rows, first_query + row, head, blocks, sees, num_keys)
+    request, local, first, before, ends = _find(gl.program_id(0), first, before, _tile_ends(first, batch), batch)
+    while request < batch.size:
+        first_query = gl.load(batch.query_start + request).to(gl.int32)
+        first_key = gl.load(batch.key_start + request).to(gl.int32)
+        num_queries = gl.load(batch.query_start + request + 1).to(gl.int32) - first_query
+        num_keys = gl.load(batch.key_start + request + 1).to(gl.int32) - first_key
+        tile, head = _order(local, (num_queries + TILE_ROWS - 1) // TILE_ROWS, num_keys, batch)
+        row = tile * TILE_ROWS
+        rows = gl.minimum(num_queries - row, TILE_ROWS)
+        sees = num_keys
+        last = num_keys
+        if CAUSAL:  # queries are the last tokens of their keys
+            sees = num_keys - num_queries + row + 1
+            last = sees + rows - 1
+        blocks = gl.maximum((last + BLOCK - 1) // BLOCK, 1)  # one that nobody sees is as good as none, and simpler
+        _tell(smem, count, rows, first_query + row, head, blocks, sees, num_keys)
 
-            at = first_key + (blocks - 1) * BLOCK
-            _load_k(keys, at, head, block, smem, C, R, BLOCK)
-            _load_q(q_desc, first_query + row, head * q_stride, count, smem, C)
-            for b in range(1, blocks):
-                _load_k(keys, at - b * BLOCK, head, block + b, smem, C, R, BLOCK)
-                _load_v(values, at - (b - 1) * BLOCK, head, block + b - 1, smem, V, BLOCK)
-            _load_v(values, first_key, head, block + blocks - 1, smem, V, BLOCK)
-            block += blocks
-            count += 1
-            claim = gl.atomic_add(batch.claimed, 1, sem="relaxed")
-            index = claim + gl.num_programs(0)
-        else:
-            _tell(smem, count, 0, 0, 0, 0, 0, 0)
-            # A program that gets a tile claims once more than it gets, so this many claims there are.
-            if claim == total - 1:
-                gl.store(batch.claimed, 0)
+        at = first_key + (blocks - 1) * BLOCK
+        _load_k(keys, at, head, block, smem, C, R, BLOCK)
+        _load_q(q_desc, first_query + row, head * q_stride, count, smem, C)
+        for b in range(1, blocks):
+            _load_k(keys, at - b * BLOCK, head, block + b, smem, C, R, BLOCK)
+            _load_v(values, at - (b - 1) * BLOCK, head, block + b - 1, smem, V, BLOCK)
+        # Before the last values, which are needed last: the next tile is found while others are multiplied.
+        claim = gl.atomic_add(batch.claimed, 1, sem="relaxed")
+        request, local, first, before, ends = _find(claim + gl.num_programs(0), first, before, ends, batch)
+        _load_v(values, first_key, head, block + blocks - 1, smem, V, BLOCK)
+        block += blocks
+        count += 1
+    _tell(smem, count, 0, 0, 0, 0, 0, 0)
+    _load_nothing(block, count, smem)
+    if claim == before + gl.max(ends, 0) - 1:  # a program claims as many tiles as it gets: claims are tiles
+        gl.store(batch.claimed, 0)
 
 
 @gluon.jit
@@ -274,14 +280,30 @@ def _store(acc, total, top, out, token, rows, head, V: gl.constexpr, WIDE: gl.co
 
 
 @gluon.jit
+def _next(smem, count):
+    """(rows, token, head, blocks, sees, keys) of the count-th tile."""
+    slot, phase, _ = ring(count)
+    mbarrier.wait(smem.tile_full.index(slot), phase)
+    rows = _told(smem, slot, 0)
+    token = _told(smem, slot, 1)
+    head = _told(smem, slot, 2)
+    blocks = _told(smem, slot, 3)
+    sees = _told(smem, slot, 4)
+    keys = _told(smem, slot, 5)
+    mbarrier.arrive(smem.tile_empty.index(slot), count=1)
+    return rows, token, head, blocks, sees, keys
+
+
+@gluon.jit
 def attend(
     out, scale_log2, smem,
     W: gl.constexpr, C: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: attention of its 64 rows of every tile, as FlashAttention-3 does it (arXiv 2407.08608).
 
-    Scores of a block are multiplied while the softmax of the block before waits for nothing but its weights times
-    values, and the two warpgroups take turns: while one has its softmax, the other has the tensor cores.
+    Scores of a block are multiplied together with weights times values of the block before, and the two warpgroups take
+    turns: while one has its softmax, the other has the tensor cores. The first scores of a tile are multiplied while
+    outputs of the tile before are written.
     """
     dtype: gl.constexpr = smem.v.dtype
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -293,70 +315,65 @@ def attend(
     block = 0
     count = 0
     turn = 0
-    more = True
-    while more:
-        slot, phase, _ = ring(count)
-        mbarrier.wait(smem.tile_full.index(slot), phase)
-        rows = _told(smem, slot, 0)
-        token = _told(smem, slot, 1)
-        head = _told(smem, slot, 2)
-        blocks = _told(smem, slot, 3)
-        all_see = _told(smem, slot, 4)
-        keys = _told(smem, slot, 5)
-        mbarrier.arrive(smem.tile_empty.index(slot), count=1)
-        more = rows > 0
-        if more:
-            sees = gl.zeros([ROWS], gl.int32, row_lay) + keys
-            if CAUSAL:
-                sees = gl.minimum(all_see + i, keys)
-                all_see = gl.minimum(all_see + W * ROWS, keys)
-            begin = (blocks - 1) * BLOCK
-            mbarrier.wait(smem.q_full.index(W), count & 1)
-            s = warpgroup_mma_wait(0, deps=[_scores(block, smem, W, C, BLOCK)])
-            mbarrier.arrive(smem.k_empty.index(block & 1), count=1)
-            if blocks == 1:
+    rows, token, head, blocks, all_see, keys = _next(smem, 0)
+    mbarrier.wait(smem.q_full.index(W), 0)
+    s = _scores(0, smem, W, C, BLOCK)
+    while rows > 0:
+        sees = gl.zeros([ROWS], gl.int32, row_lay) + keys
+        if CAUSAL:
+            sees = gl.minimum(all_see + i, keys)
+            all_see = gl.minimum(all_see + W * ROWS, keys)
+        begin = (blocks - 1) * BLOCK
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(smem.k_empty.index(block & 1), count=1)
+        if blocks == 1:
+            mbarrier.arrive(smem.q_empty.index(W), count=1)
+        if begin + BLOCK > all_see:
+            s = _hide(s, begin, sees)
+        top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
+        weight, top, rescale, total = _weights(s, top, scale_log2)
+        p = gl.convert_layout(weight.to(dtype), p_lay)
+        acc = gl.zeros([ROWS, V], gl.float32, o_lay)
+        if begin + BLOCK > keys:
+            stage, phase, _ = ring(block)
+            mbarrier.wait(smem.v_full.index(stage), phase)
+            _zero_tail(smem.v.index(stage), keys - begin, V, BLOCK)
+            fence_async_shared()
+            barrier()
+        for b in range(1, blocks):
+            stage, phase, _ = ring(block)
+            begin -= BLOCK
+            mbarrier.wait(smem.turn.index(W), (turn & 1) ^ (1 - W))
+            turn += 1
+            s = _scores(block + 1, smem, W, C, BLOCK)
+            mbarrier.wait(smem.v_full.index(stage), phase)
+            acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
+            mbarrier.arrive(smem.turn.index(1 - W), count=1)
+            s = warpgroup_mma_wait(1, deps=[s])
+            mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)
+            if b == blocks - 1:
                 mbarrier.arrive(smem.q_empty.index(W), count=1)
             if begin + BLOCK > all_see:
                 s = _hide(s, begin, sees)
-            top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
-            weight, top, rescale, total = _weights(s, top, scale_log2)
-            p = gl.convert_layout(weight.to(dtype), p_lay)
-            acc = gl.zeros([ROWS, V], gl.float32, o_lay)
-            stage, phase, _ = ring(block)
-            mbarrier.wait(smem.v_full.index(stage), phase)
-            if begin + BLOCK > keys:
-                _zero_tail(smem.v.index(block & 1), keys - begin, V, BLOCK)
-                fence_async_shared()
-                barrier()
-            for b in range(1, blocks):
-                stage, phase, _ = ring(block)
-                begin -= BLOCK
-                mbarrier.wait(smem.turn.index(W), (turn & 1) ^ (1 - W))
-                turn += 1
-                s = _scores(block + 1, smem, W, C, BLOCK)
-                acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
-                mbarrier.arrive(smem.turn.index(1 - W), count=1)
-                s = warpgroup_mma_wait(1, deps=[s])
-                mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)
-                if b == blocks - 1:
-                    mbarrier.arrive(smem.q_empty.index(W), count=1)
-                if begin + BLOCK > all_see:
-                    s = _hide(s, begin, sees)
-                weight, top, rescale, sums = _weights(s, top, scale_log2)
-                total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None] + sums
-                # Asked for here, too, because of what a branch does: the assembler would otherwise wait for the product
-                # below before it takes the exponentials above, instead of meanwhile.
-                next_stage, next_phase, _ = ring(block + 1)
-                mbarrier.wait(smem.v_full.index(next_stage), next_phase)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(smem.v_empty.index(stage), count=1)
-                acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]
-                p = gl.convert_layout(weight.to(dtype), p_lay)
-                block += 1
-            stage, _, _ = ring(block)
-            acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
+            weight, top, rescale, sums = _weights(s, top, scale_log2)
+            total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None] + sums
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(smem.v_empty.index(stage), count=1)
-            _store(acc, total, top, out, token + W * ROWS, rows - W * ROWS, head, V, WIDE)
+            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]
+            p = gl.convert_layout(weight.to(dtype), p_lay)
             block += 1
-            count += 1
+        stage, phase, _ = ring(block)
+        mbarrier.wait(smem.v_full.index(stage), phase)
+        acc = warpgroup_mma(p, smem.v.index(stage), acc, is_async=True)
+        block += 1
+        count += 1
+        next_rows, next_token, next_head, blocks, all_see, keys = _next(smem, count)
+        mbarrier.wait(smem.q_full.index(W), count & 1)
+        s = _scores(block, smem, W, C, BLOCK)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(smem.v_empty.index(stage), count=1)
+        _store(acc, total, top, out, token + W * ROWS, rows - W * ROWS, head, V, WIDE)
+        rows = next_rows
+        token = next_token
+        head = next_head
+    warpgroup_mma_wait(0, deps=[s])

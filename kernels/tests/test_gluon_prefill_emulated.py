@@ -1,6 +1,5 @@
 """The text of the Hopper prefill kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
 
-import gluon_emulator
 import pytest
 import torch
 from gluon_emulator import emulated
