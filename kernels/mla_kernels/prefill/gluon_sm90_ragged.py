@@ -6,7 +6,8 @@ queries, keys and values by TMA, from where the projection left them: keys are n
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -142,19 +143,36 @@ def _wide(v_width: int):
     )
 
 
-def _describe(x, box):
-    """(TMA descriptor of x [rows, N, width] as rows of all heads, elements from a head to the next).
-
-    A copy of x where TMA cannot go: it wants rows at multiples of 16 bytes and columns that 31 bits hold.
-    """
-    rows, heads, width = x.shape
-    stride = x.stride(1) if heads > 1 else 0
-    row_stride = x.stride(0) if rows > 1 else heads * width
-    if x.data_ptr() % 16 or row_stride % 8 or heads * stride >= 2**31:
+def _for_tma(x):
+    """x [rows, N, width], or a copy where TMA cannot go: it wants rows at multiples of 16 bytes, none inside another,
+    and columns, which are those of all heads, that 31 bits hold."""
+    (_, heads, width), (row_stride, stride, _) = x.shape, x.stride()
+    columns = (heads - 1) * stride + width
+    if x.data_ptr() % 16 or row_stride % 8 or row_stride < columns or columns >= 2**31:
         x = x.clone(memory_format=torch.contiguous_format)
-        row_stride, stride = heads * width, width
-    view = x.as_strided((rows, (heads - 1) * stride + width), (row_stride, 1))
-    return TensorDescriptor.from_tensor(view, box, SWIZZLED.value), stride
+    return x
+
+
+class _Memory(NamedTuple):
+    """What a descriptor knows of a tensor: no reference, which would keep it from being freed."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(256)  # layers of a model get the same memory from PyTorch again and again
+def _descriptor(address: int, dtype: torch.dtype, shape: tuple, strides: tuple, box: tuple[int, int]):
+    """TMA descriptor of a tensor [rows, N, width] as rows of all heads."""
+    (rows, heads, width), (row_stride, stride, _) = shape, strides
+    columns = (heads - 1) * stride + width
+    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [row_stride, 1], list(box), SWIZZLED.value)
+
+
+def _describe(x, box):
+    return _descriptor(x.data_ptr(), x.dtype, x.shape, x.stride(), box)
 
 
 @cache
@@ -177,6 +195,24 @@ def _counter(device: torch.device) -> torch.Tensor:
         return _counter_of_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
     made = next(_counters(device.index), None) if _counters.cache_info().currsize else None
     return torch.zeros(1, dtype=torch.int32, device=device) if made is None else made  # captured, too
+
+
+def _kind(x: int) -> tuple:
+    """What Triton's code for an integer argument depends on."""
+    return x % 16, x == 1, x >= 2**31
+
+
+_COMPILED: dict[tuple, object] = {}
+
+
+def _launch(key: tuple, programs: int, *args, **constants):
+    """Launch what was compiled for this key, on which all of it depends. Triton would look at every argument to find
+    that, which takes longer than the launch."""
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        _COMPILED[key] = _prefill_kernel[(programs,)](*args, **constants, num_warps=4)
+    else:
+        compiled[programs, 1, 1](*args, *constants.values())
 
 
 def run(
@@ -211,17 +247,23 @@ def run(
         return out_TNV.zero_(), lse_TN.fill_(-torch.inf)
     device = device_of(q_TNQ)
     block = _block(device, Q, V)
-    (q_desc, stride_q), (nope_desc, stride_nope), (v_desc, stride_v) = (
-        _describe(q_TNQ, [ROWS.value, COLUMNS.value]),
-        _describe(k_nope_SNP, [block, COLUMNS.value]),
-        _describe(v_SNV, [block, V]),
-    )
-    rope_desc, stride_rope = _describe(k_rope_SNR, [block, COLUMNS.value]) if R else (nope_desc, 0)
-    _prefill_kernel[(device.num_sms,)](
-        q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
+    q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
+    k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
+    strides = (*out_TNV.stride()[:2], *lse_TN.stride())
+    tensors = (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
+    key = (
+        q_TNQ.device.index, block, causal, Q, R, V, *(x.dtype for x in tensors),
+        out_TNV.data_ptr() % 16, lse_TN.data_ptr() % 16, *map(_kind, strides),
+    )  # fmt: skip
+    _launch(
+        key, device.num_sms,
+        _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
+        _describe(k_nope_SNP, (block, COLUMNS.value)),
+        _describe(k_rope_SNR, (block, COLUMNS.value)),
+        _describe(v_SNV, (block, V)),
+        q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
         query_start_B1, key_start_B1, B, N, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
-        out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
+        out_TNV, *strides[:2], lse_TN, *strides[2:],
         C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
-        num_warps=4,
     )  # fmt: skip
     return out_TNV, lse_TN
