@@ -44,7 +44,6 @@ class Shared(NamedTuple):
     v_full: object
     v_empty: object
     tile_full: object
-    tile_empty: object
     turn: object  # of each warpgroup, to start matrix products
 
 
@@ -105,11 +104,13 @@ def _order(local, tiles, keys, batch):
 
 @gluon.jit
 def _tell(smem, count, rows, token, head, blocks, sees, keys):
-    """Hand the count-th tile to the warpgroups; one of no rows is the end."""
+    """Hand the count-th tile to the warpgroups; one of no rows is the end.
+
+    The one before the last need not be waited for: its queries have been released, after it was read.
+    """
     lay: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     fields = (rows, token, head, blocks, sees, keys)
-    slot, phase, _ = ring(count)
-    mbarrier.wait(smem.tile_empty.index(slot), phase ^ 1)
+    slot, _, _ = ring(count)
     for f in gl.static_range(6):
         smem.tile.index(slot * FIELDS + f).store(gl.full([1], 0, gl.int32, lay) + fields[f])
     mbarrier.arrive(smem.tile_full.index(slot), count=1)
@@ -290,7 +291,6 @@ def _next(smem, count):
     blocks = _told(smem, slot, 3)
     sees = _told(smem, slot, 4)
     keys = _told(smem, slot, 5)
-    mbarrier.arrive(smem.tile_empty.index(slot), count=1)
     return rows, token, head, blocks, sees, keys
 
 

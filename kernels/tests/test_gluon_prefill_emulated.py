@@ -1,5 +1,6 @@
 """The text of the Hopper prefill kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
 
+import gluon_emulator
 import pytest
 import torch
 from gluon_emulator import emulated
@@ -98,3 +99,76 @@ def test_strided_and_concatenated(kernel):
 
     check(kernel, geometry(3), [70, 9], [100, 9], change=change)
     check(kernel, geometry(3), [70, 9], [100, 9], change=lambda case: change(case, shift=3))
+
+
+def several(kernel):
+    check(kernel, geometry(), [200, 9, 129], [330, 70, 129])
+
+
+# Barriers matter only if somebody is late: what is late, and the wait that is then needed.
+SLEEP = "__import__('time').sleep(0.003)"
+LATE = {
+    "keys are multiplied late": (
+        "            s = warpgroup_mma_wait(1, deps=[s])\n",
+        "    full = smem.k_full.index(stage)\n    mbarrier.wait(smem.k_empty.index(stage), phase ^ 1)\n",
+    ),
+    "values are multiplied late": (
+        "            acc = warpgroup_mma_wait(0, deps=[acc])\n",
+        "    mbarrier.wait(smem.v_empty.index(stage), phase ^ 1)\n",
+    ),
+    "queries are multiplied late": (
+        "        s = warpgroup_mma_wait(0, deps=[s])\n",
+        "        mbarrier.wait(smem.q_empty.index(w), (count & 1) ^ 1)\n        mbarrier.expect(",
+    ),
+    "values come late": (
+        "    tma_load(desc, [row, head * stride], full, smem.v.index(stage))\n",
+        "            mbarrier.wait(smem.v_full.index(stage), phase)\n            acc",
+    ),
+    "queries come late": (
+        "            tma_load(q_desc, [token + w * ROWS, column",
+        "        mbarrier.wait(smem.q_full.index(W), count & 1)\n",
+    ),
+    "tiles are told late": (
+        "        smem.tile.index(slot * FIELDS + f).store(",
+        "    mbarrier.wait(smem.tile_full.index(slot), phase)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_late_roles_are_waited_for(what, monkeypatch):
+    """Right while the barrier is there, wrong without."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 3)
+    line, wait = LATE[what]
+    indent = line[: len(line) - len(line.lstrip())]
+    late = {line: f"{indent}{SLEEP}\n{line}"}
+    several(build(edits=late))
+    first, _, rest = wait.partition("mbarrier.wait(")
+    with pytest.raises(AssertionError):
+        several(build(edits=late | {wait: f"{first}(lambda *_: None)({rest}"}))
+
+
+MISTAKES = {
+    "values behind the end are not zeroed": ("            _zero_tail(smem.v", "            (lambda *_: 0)(smem.v"),
+    "a query sees one key too many": (
+        "sees = gl.minimum(all_see + i, keys)",
+        "sees = gl.minimum(all_see + i + 1, keys)",
+    ),
+    "a warpgroup thinks that it sees what the other does": ("gl.minimum(all_see + W * ROWS, keys)", "keys"),
+    "outputs are not rescaled": ("            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]\n", ""),
+    "a block of keys is never released": ("mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)", "pass"),
+    "queries are released too early": ("if b == blocks - 1:", "if b == blocks - 2:"),
+    "a tile is skipped": ("_find(claim + gl.num_programs(0),", "_find(claim + gl.num_programs(0) + claim // 3,"),
+    "all heads of a group are the first": ("head + local % group", "head"),
+    "both warpgroups have the same queries": ("[token + w * ROWS, column", "[token, column"),
+    "the counter keeps what it has": ("        gl.store(batch.claimed, 0)", "        pass"),
+    "outputs go where the next tile's do": ("token + W * ROWS, rows - W", "next_token + W * ROWS, rows - W"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake, monkeypatch):
+    """The emulator is no rubber stamp: each of these fails."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
+    with pytest.raises(AssertionError):
+        several(build(edits=dict([MISTAKES[mistake]])))

@@ -64,7 +64,6 @@ def _prefill_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
     v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
     tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
-    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
     for d in gl.static_range(2):
         mbarrier.init(q_full.index(d), count=1)
@@ -74,13 +73,12 @@ def _prefill_kernel(
         mbarrier.init(v_full.index(d), count=1)
         mbarrier.init(v_empty.index(d), count=2)
         mbarrier.init(tile_full.index(d), count=1)
-        mbarrier.init(tile_empty.index(d), count=2)
         mbarrier.init(turn.index(d), count=1)
     fence_async_shared()
     barrier()
 
     smem = Shared(
-        q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty, turn
+        q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, turn
     )  # fmt: skip
     out = (out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n)
     keys = (nope_desc, rope_desc, stride_nope, stride_rope)
