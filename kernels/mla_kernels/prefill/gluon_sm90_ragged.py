@@ -200,6 +200,14 @@ def _kind(x: int) -> tuple:
     return x % 16, x == 1, x >= 2**31
 
 
+def _kinds(*tensors) -> tuple:
+    """What code for these tensors depends on, beside widths. The last two are outputs, which no descriptor is for."""
+    *_, out, lse = tensors
+    strides = (*out.stride()[:2], *lse.stride())
+    aligned = out.data_ptr() % 16, lse.data_ptr() % 16
+    return (out.device.index, *aligned, *(x.dtype for x in tensors), *map(_kind, strides))
+
+
 _COMPILED: dict[tuple, object] = {}
 
 
@@ -247,21 +255,16 @@ def run(
     block = _block(device, Q, V)
     q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
     k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
-    strides = (*out_TNV.stride()[:2], *lse_TN.stride())
-    tensors = (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
-    key = (
-        q_TNQ.device.index, block, causal, Q, R, V, *(x.dtype for x in tensors),
-        out_TNV.data_ptr() % 16, lse_TN.data_ptr() % 16, *map(_kind, strides),
-    )  # fmt: skip
+    kinds = _kinds(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
     _launch(
-        key, device.num_sms,
+        (causal, Q, R, V, *kinds), device.num_sms,
         _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
         _describe(k_nope_SNP, (block, COLUMNS.value)),
         _describe(k_rope_SNR, (block, COLUMNS.value)),
         _describe(v_SNV, (block, V)),
         q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
         query_start_B1, key_start_B1, B, N, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
-        out_TNV, *strides[:2], lse_TN, *strides[2:],
+        out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
         C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
     )  # fmt: skip
     return out_TNV, lse_TN
