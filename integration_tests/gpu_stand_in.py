@@ -7,6 +7,7 @@ nothing about values.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -67,9 +68,15 @@ def _compile_nothing(note, function: JITFunction, key, signature, device, *_):
     return kernels[key]
 
 
+def gluon_sm90_ragged():
+    """The kernel's module, which launches what is compiled past Triton, and counts tiles in memory of a real GPU."""
+    return import_module("mla_kernels.prefill.gluon_sm90_ragged")
+
+
 def start_anew() -> None:
     """Nothing was ever compiled."""
     COMPILED.clear()
+    gluon_sm90_ragged()._COMPILED.clear()
     for function in _FUNCTIONS:
         function.device_caches.clear()
 
@@ -81,3 +88,4 @@ def pretend(device: Device, note: Callable[[list], None] = COMPILED.append) -> N
     driver.set_active(_Driver(device))
     JITFunction._do_compile = lambda *args: _compile_nothing(note, *args)
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # engines choke on numbers that are none
+    gluon_sm90_ragged()._counter = lambda device: torch.zeros(1, dtype=torch.int32)

@@ -202,6 +202,7 @@ LEAVES = {
     "schedule": ("hopper",),
     "split_merge": ("primitives",),
     "hopper_decode": ("hopper", "primitives", "schedule"),
+    "hopper_prefill": ("hopper", "primitives"),
 }
 
 

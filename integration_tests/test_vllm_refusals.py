@@ -47,7 +47,10 @@ def test_every_reason_at_once(engine, checkpoints):
         env={"MLA_BACKEND_DECODE": "triton_splitkv", "MLA_BACKEND_PREFILL": "fastest"},
     )
     assert "triton_splitkv: needs a GPU (or TRITON_INTERPRET=1), got cpu" in failed.log
-    assert "unknown prefill kernel 'fastest'; choose from auto, triton_ragged, torch_prefill" in failed.log
+    assert (
+        "unknown prefill kernel 'fastest'; choose from auto, gluon_sm90_ragged, triton_ragged, torch_prefill"
+        in failed.log
+    )
 
 
 @pytest.mark.parametrize(

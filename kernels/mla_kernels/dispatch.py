@@ -76,7 +76,7 @@ OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
         "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.torch_decode"),
-        "prefill": ("prefill.triton_ragged", "prefill.torch_prefill"),
+        "prefill": ("prefill.gluon_sm90_ragged", "prefill.triton_ragged", "prefill.torch_prefill"),
         "cache_write": ("cache.triton_write", "cache.torch_write"),
         "cache_gather": ("cache.triton_gather", "cache.torch_gather"),
         "merge": ("merge.triton_merge", "merge.torch_merge"),

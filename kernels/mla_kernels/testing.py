@@ -208,6 +208,12 @@ class RaggedCase:
         *values, query_start, key_start = self.arrays
         return reference.prefill(*(x.double() for x in values), query_start, key_start, **self.options)
 
+    def magnitude(self):
+        """Sum of |weight * value| behind each element of the output, [T, N, V], in float64."""
+        *values, query_start, key_start = self.arrays
+        *others, v = (x.double() for x in values)
+        return reference.prefill(*others, v.abs(), query_start, key_start, **self.options)[0]
+
 
 def make_prefill(
     geometry: MLAGeometry,

@@ -40,9 +40,11 @@ SMS = {80: 108, 86: 84, 89: 142, 90: 132, "gfx942": 304}
 MAX_QUERY_LEN = 4
 # Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
 MOST_SPILLED = 1024
-# The Hopper kernel spills nothing, but for a few words outside of its loops where another Triton's ptxas decides so:
-# row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine pins yet).
-HOPPER_SPILLED = {"3.7": 16, "3.9": 128}
+# Hopper kernels, and their functions that multiply. They spill nothing, but for a few words outside of decode's loops
+# where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine
+# pins yet).
+HOPPER = {"gluon_sm90": "_decode_kernel", "gluon_sm90_ragged": "_prefill_kernel"}
+HOPPER_SPILLED = {("gluon_sm90", "3.7"): 16, ("gluon_sm90", "3.9"): 128}
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged. Heads, pages, rope, dtype and
@@ -66,6 +68,17 @@ GLUON_SM90 = (
     (5, [1, 4], 48, 0, BF16),
 )
 GATHERED = (1, 48)
+
+# (nope, rope, v, dtype): widths change how many columns there are to copy and multiply, and how long blocks are.
+GLUON_SM90_RAGGED = (
+    (128, 64, 128, BF16),
+    (128, 64, 128, FP16),
+    (192, 64, 256, BF16),
+    (256, 0, 256, BF16),
+    (64, 64, 64, BF16),
+    (64, 0, 128, FP16),
+    (128, 128, 64, BF16),
+)
 
 
 class TargetOnly:
@@ -202,15 +215,22 @@ def instructions(kernel) -> dict:
 def unordered_arrivals(kernel) -> int:
     """How many arrivals at an mbarrier, made by one thread for its group, are not behind the group's own barrier: reads
     and writes of its other threads could come after those. Lines are read in their order, without branches. (Copies
-    announced by expect_tx have one thread alone.)"""
-    behind, count = False, 0
-    for line in kernel.asm["ptx"].splitlines():
-        if re.search(r"\b(bar|barrier)(\.cta)?\.sync", line):
-            behind = True
-        elif re.search(r"\b(ld|st|ldmatrix|stmatrix|atom|red)\.\S*shared|\bwgmma\.mma", line):
-            behind = False
-        elif re.search(r"\bmbarrier\.arrive\.(?!expect_tx)", line):
-            count += not behind
+    announced by expect_tx have one thread alone.)
+
+    Roles stand between barriers of the whole program; one without a barrier of several warps is one warp's.
+    """
+    count = 0
+    for role in re.split(r"\bbarrier(?:\.cta)?\.sync\s+\d+;", kernel.asm["ptx"]):
+        several = r"\b(?:bar|barrier)(?:\.cta)?\.sync"
+        barrier = several if re.search(several, role) else r"\bbar\.warp\.sync"
+        behind = True
+        for line in role.splitlines():
+            if re.search(barrier, line):
+                behind = True
+            elif re.search(r"\b(ld|st|ldmatrix|stmatrix|atom|red)\.\S*shared|\bwgmma\.mma", line):
+                behind = False
+            elif re.search(r"\bmbarrier\.arrive\.(?!expect_tx)", line):
+                count += not behind
     return count
 
 
@@ -219,16 +239,17 @@ def faults(row: dict) -> list[str]:
     wrong = []
     if row["shared"] > row["limit"]:
         wrong.append(f"at most {row['limit']} bytes of shared memory, got {row['shared']}")
-    most = HOPPER_SPILLED.get(triton.__version__[:3], 0) if row["kernel"] == "gluon_sm90" else MOST_SPILLED
+    hopper = row["kernel"] in HOPPER
+    most = HOPPER_SPILLED.get((row["kernel"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
     if row["spilled"] > most:
         wrong.append(f"at most {most} bytes spilled, got {row['spilled']}")
-    if row["kernel"] != "gluon_sm90":
+    if not hopper:
         return wrong
     wrong += row["serialised"]
     if row["unordered_arrivals"]:
         wrong.append(f"every arrival behind its group's barrier, got {row['unordered_arrivals']} that are not")
     count = row["instructions"]
-    if row["function"] == "_decode_kernel":
+    if row["function"] == HOPPER[row["kernel"]]:
         copies = "ARRIVES" if row["page_size"] in GATHERED else "UTMALDG"
         wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", copies) if not count[name]]
     unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
@@ -241,17 +262,32 @@ def problem_of(geometry: MLAGeometry, dtype: torch.dtype, page_size: int, cache_
     return Problem(layout=layout, dtype=dtype, max_query_len=MAX_QUERY_LEN)
 
 
+def decode_variants():
+    for heads, query_len, page_size, rope, dtype in GLUON_SM90:
+        geometry = MLAGeometry(
+            num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
+        )
+        case = make_decode(geometry, [70, 4], query_lens=query_len, page_size=page_size, dtype=dtype, needles=False)
+        tokens = "ragged" if isinstance(query_len, list) else f"query {query_len}"
+        name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}"
+        yield name, problem_of(geometry, dtype, page_size), partial(launch_case, case=case)
+
+
+def prefill_variants():
+    for nope, rope, v, dtype in GLUON_SM90_RAGGED:
+        geometry = MLAGeometry(
+            num_heads=3, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
+        )
+        for causal in (True, False):
+            case = make_prefill(geometry, [70, 4], causal=causal, dtype=dtype, needles=False)
+            name = f"nope {nope}, rope {rope}, v {v}, {'causal' if causal else 'every key'}"
+            yield name, problem_of(geometry, dtype, 64), partial(launch_case, case=case)
+
+
 def variants(operation: str, kernel: str):
     """(name, problem, what launches the kernel for it)."""
-    if kernel == "gluon_sm90":
-        for heads, query_len, page_size, rope, dtype in GLUON_SM90:
-            geometry = MLAGeometry(
-                num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
-            )
-            case = make_decode(geometry, [70, 4], query_lens=query_len, page_size=page_size, dtype=dtype, needles=False)
-            tokens = "ragged" if isinstance(query_len, list) else f"query {query_len}"
-            name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}"
-            yield name, problem_of(geometry, dtype, page_size), partial(launch_case, case=case)
+    if kernel in HOPPER:
+        yield from {"decode": decode_variants, "prefill": prefill_variants}[operation]()
         return
     for name, (heads, latent, nope, rope, v) in GEOMETRIES.items():
         every = name == EVERY_VARIANT
@@ -269,7 +305,10 @@ def variants(operation: str, kernel: str):
 
 def compile_kernel(operation: str, kernel, device: Device):
     """Rows that say what each variant of a kernel became on `device`."""
-    kernel.load().device_of = lambda where: device
+    module = kernel.load()
+    module.device_of = lambda where: device
+    if hasattr(module, "_counter"):  # it asks CUDA for streams
+        module._counter = lambda device: torch.zeros(1, dtype=torch.int32)
     for name, problem, launch in variants(operation, kernel.name):
         row = {"operation": operation, "kernel": kernel.name, "variant": name, "dtype": str(problem.dtype)}
         row["cache"] = problem.layout.format.name
@@ -281,7 +320,7 @@ def compile_kernel(operation: str, kernel, device: Device):
             launch(kernel.run)
         for function, variant, log in compiled:
             row |= {"function": function, "limit": device.shared_bytes, **resources(variant, device, log)}
-            if kernel.name == "gluon_sm90":
+            if kernel.name in HOPPER:
                 row["instructions"] = instructions(variant)
                 row["unordered_arrivals"] = unordered_arrivals(variant)
             yield {**row, "faults": faults(row)}

@@ -7,6 +7,7 @@ they are waited for, shared memory begins as NaN, reads and writes outside of a 
 completes is a test failure. float16 only: numpy has no bfloat16.
 """
 
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -175,18 +176,22 @@ def warpgroup_mma_wait(num_outstanding, deps):
 
 
 class TensorDescriptor:
-    def __init__(self, array, box):
-        self.array, self.box = array, box
+    def __init__(self, base, shape, strides, box, layout):
+        (rows, columns), (row_stride, _) = shape, strides
+        memory = (ctypes.c_uint16 * ((rows - 1) * row_stride + columns)).from_address(base.data_ptr())
+        whole = np.frombuffer(memory, np.float16)
+        self.array = np.lib.stride_tricks.as_strided(whole, shape, (2 * row_stride, 2))
+        self.box, self.dtype = box, whole.dtype
 
     @classmethod
     def from_tensor(cls, tensor, box, layout):
-        return cls(tensor.numpy(), box)
+        return cls(tensor, tensor.shape, tensor.stride(), box, layout)
 
 
 def _tma_load(desc, at, barrier, target):
-    """Elements outside of the tensor are zeros."""
+    """Elements outside of the tensor are zeros; a box right behind it is allowed, one far away is a mistake."""
     (row, column), (rows, columns) = at, desc.box
-    assert 0 <= row < desc.array.shape[0]
+    assert 0 <= row < desc.array.shape[0] + rows
     box = np.zeros((rows, columns), desc.array.dtype)
     inside = desc.array[row : row + rows, column : column + columns]
     box[: inside.shape[0], : inside.shape[1]] = inside
@@ -210,6 +215,12 @@ def _store(pointer, value, mask=None):
     pointer.memory[offset[mask]] = value[mask].astype(pointer.memory.dtype)
 
 
+def _atomic_add(pointer, value, sem=None):
+    old = _load(pointer)
+    pointer.memory[pointer.offset] += value
+    return old
+
+
 def _allocate(dtype, shape, layout):
     if layout == "barriers":
         return Barriers(Barrier() for _ in range(shape[0]))
@@ -222,7 +233,7 @@ def _reduce(tensors, axis, combine):
     return tuple(Int(x) for x in functools.reduce(lambda a, b: combine(*a, *b), rows))
 
 
-PROGRAM = [0, 0]
+PROGRAM, GRID = [0, 0], [1, 1]
 
 
 def _warp_specialize(roles, num_warps, num_regs):
@@ -261,6 +272,7 @@ gl = SimpleNamespace(
     sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
     max=lambda x, axis: _tensor(np.max(np.asarray(x), axis)), min=lambda x, axis: _tensor(np.min(np.asarray(x), axis)),
     reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),
+    num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
     associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
     inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],  # there is one, and it gives its operand back
@@ -279,7 +291,8 @@ class Kernel:
     def __getitem__(self, grid):
         def launch(*args, num_warps, **constants):
             args = [Pointer.of(x) if isinstance(x, torch.Tensor) else Int(x) if type(x) is int else x for x in args]
-            for PROGRAM[1], PROGRAM[0] in itertools.product(range(grid[1]), range(grid[0])):
+            GRID[:] = *grid, *[1] * (2 - len(grid))
+            for PROGRAM[1], PROGRAM[0] in itertools.product(range(GRID[1]), range(GRID[0])):
                 with np.errstate(all="ignore"):
                     self.function(*args, **constants)
 

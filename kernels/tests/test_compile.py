@@ -1,5 +1,5 @@
-"""Every GPU kernel compiles for GPUs that are not here: within shared memory, without drowning in spills; the Hopper
-kernel without any, and with its matrix and bulk copy instructions. `make compile-matrix` asks other Tritons too."""
+"""Every GPU kernel compiles for GPUs that are not here: within shared memory, without drowning in spills; Hopper's
+own without any, and with its matrix and bulk copy instructions. `make compile-matrix` asks other Tritons too."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 WORKER = pathlib.Path(__file__).with_name("compile_worker.py")
 TARGETS = (("cuda", "80"), ("cuda", "86"), ("cuda", "89"), ("cuda", "90"), ("hip", "gfx942"))
-NAMES = ("triton_splitkv", "prefill", "cache_write cache_gather merge")  # of operations, or of kernels
+NAMES = ("triton_splitkv", "triton_ragged", "cache_write cache_gather merge")  # of operations, or of kernels
 
 
 def compiled(target, names, folder) -> list[dict]:
@@ -35,15 +35,19 @@ def test_compiles_for(target, names, tmp_path):
         assert row["faults"] == [], row
 
 
-def test_hopper_kernel_compiles(tmp_path):
-    rows = compiled(("cuda", "90"), "gluon_sm90", tmp_path)
-    assert {row["function"] for row in rows} == {"_decode_kernel", "_merge_kernel"}
+@pytest.mark.parametrize(
+    ("kernel", "functions"),
+    [("gluon_sm90", {"_decode_kernel", "_merge_kernel"}), ("gluon_sm90_ragged", {"_prefill_kernel"})],
+)
+def test_hopper_kernel_compiles(kernel, functions, tmp_path):
+    rows = compiled(("cuda", "90"), kernel, tmp_path)
+    assert {row["function"] for row in rows} == functions
     assert {f"{row['function']} {row['variant']}": row["faults"] for row in rows if row["faults"]} == {}
 
 
 @pytest.mark.parametrize("target", [("cuda", "80"), ("hip", "gfx942")], ids="-".join)
-def test_hopper_kernel_refuses_other_gpus(target, tmp_path):
-    rows = compiled(target, "gluon_sm90", tmp_path)
-    assert rows
+def test_hopper_kernels_refuse_other_gpus(target, tmp_path):
+    rows = compiled(target, "gluon_sm90 gluon_sm90_ragged", tmp_path)
+    assert {row["kernel"] for row in rows} == {"gluon_sm90", "gluon_sm90_ragged"}
     for row in rows:
         assert any("needs sm_90, got" in reason for reason in row["refused"]), row

@@ -190,9 +190,11 @@ def test_cpu_without_interpreter_refuses_gpu_kernels(operation, kernel):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_automatic_choice(operation):
-    """Triton on GPUs and in the interpreter (on Hopper Gluon for decode), PyTorch on a plain CPU, and the reason."""
+    """Triton on GPUs and in the interpreter (on Hopper Gluon for attention), PyTorch on a plain CPU, and the reason."""
     assert select(operation, PROBLEM, MI300).kernel.name.startswith("triton_")
-    assert select(operation, PROBLEM, H200).kernel.name.startswith("gluon_" if operation == "decode" else "triton_")
+    assert select(operation, PROBLEM, H200).kernel.name.startswith(
+        "gluon_" if operation in ("decode", "prefill") else "triton_"
+    )
     for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16")):
         chosen = select(operation, problem_for(dtype, name), INTERPRETER)
         assert chosen.kernel.name.startswith("triton_"), str(chosen)

@@ -1,0 +1,270 @@
+"""Ragged prefill attention over expanded heads for Hopper in Gluon: persistent, warp-specialised.
+
+One program an SM takes tiles of 128 queries of a head, longest first, as it gets done with others. One warp copies
+queries, keys and values by TMA, from where the projection left them: keys are never concatenated. Two warpgroups have
+64 of the queries each and take turns on the tensor cores (hopper_prefill.py).
+"""
+
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mla_kernels.device import Device, device_of
+from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
+from mla_kernels.hopper_prefill import COLUMNS, FIELDS, ROWS, Batch, Shared, attend, load
+from mla_kernels.primitives import LOG2_E, require_adjacent
+
+# Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
+# memory end in _s.
+
+# Of keys and values that run side by side. Measured on an H200: with 16 to 48 MiB, which its L2 holds too, 4 x 4096
+# tokens and 128 heads took 11 to 15 % longer.
+_L2_BYTES = 8 << 20
+
+_COUNTERS = 1 << 12
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "group_keys",
+        "stride_q",
+        "stride_nope",
+        "stride_rope",
+        "stride_v",
+        "stride_lse_t",
+        "stride_lse_n",
+    ],
+    do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "claimed_ptr"],
+)
+def _prefill_kernel(
+    q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
+    query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, scale_log2,
+    out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
+    C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(dtype, [2 * C, ROWS, COLUMNS], SWIZZLED)
+    k_s = gl.allocate_shared_memory(dtype, [2 * C, BLOCK, COLUMNS], SWIZZLED)
+    v_s = gl.allocate_shared_memory(dtype, [2, BLOCK, V], SWIZZLED)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    for d in gl.static_range(2):
+        mbarrier.init(q_full.index(d), count=1)
+        mbarrier.init(q_empty.index(d), count=1)
+        mbarrier.init(k_full.index(d), count=1)
+        mbarrier.init(k_empty.index(d), count=2)
+        mbarrier.init(v_full.index(d), count=1)
+        mbarrier.init(v_empty.index(d), count=2)
+        mbarrier.init(tile_full.index(d), count=1)
+        mbarrier.init(turn.index(d), count=1)
+    fence_async_shared()
+    barrier()
+
+    smem = Shared(
+        q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, turn
+    )  # fmt: skip
+    out = (out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n)
+    keys = (nope_desc, rope_desc, stride_nope, stride_rope)
+    tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys)
+    gl.warp_specialize(
+        [
+            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, WIDE)),
+            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, WIDE)),
+            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL)),
+        ],
+        [4, 1],
+        [240, LOADER_REGS],
+    )
+
+
+def _shared_bytes(parts: int, v_width: int, block: int) -> int:
+    """Queries of a tile, two blocks of keys and values, barriers."""
+    q_and_k = (2 * ROWS.value + 2 * block) * parts * COLUMNS.value
+    return 2 * (q_and_k + 2 * block * v_width) + 1024
+
+
+def _block(device: Device, qk_width: int, v_width: int) -> int | None:
+    """Keys of a block: what fits in shared memory, and leaves a warpgroup registers for the output."""
+    for block in (128, 64):
+        fits = _shared_bytes(qk_width // COLUMNS.value, v_width, block) <= device.shared_bytes
+        if fits and block + v_width <= 320:
+            return block
+    return None
+
+
+def unsupported(problem, device: Device) -> list[str]:
+    reasons = []
+    if not KNOWN_GLUON:
+        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
+    if device.kind != "cuda" or device.arch != 90:
+        reasons.append(f"needs sm_90, got {device}")
+    elif device.interpreted:
+        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"queries must be bfloat16 or float16, got {problem.dtype}")
+    geometry = problem.geometry
+    nope, rope, v = geometry.qk_nope_head_dim, geometry.qk_rope_head_dim, geometry.v_head_dim
+    if nope % 64 or rope % 64 or nope + rope > 256:
+        reasons.append(f"needs nope and rope of multiples of 64, 256 together at most, got {nope} + {rope}")
+    if v not in (64, 128, 256):
+        reasons.append(f"needs v of 64, 128 or 256, got {v}")
+    return reasons
+
+
+@cache
+def _wide(v_width: int):
+    """The output's layout, but with four neighbouring columns a thread: threads of a quad exchange what they hold."""
+    columns = [[0, 16 << i] for i in range((v_width // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], *columns],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, v_width],
+    )
+
+
+def _for_tma(x):
+    """x [rows, N, width], or a copy where TMA cannot go: it wants rows at multiples of 16 bytes, none inside another,
+    and columns, which are those of all heads, that 31 bits hold."""
+    (_, heads, width), (row_stride, stride, _) = x.shape, x.stride()
+    columns = (heads - 1) * stride + width
+    if x.data_ptr() % 16 or row_stride % 8 or row_stride < columns or columns >= 2**31:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+class _Memory(NamedTuple):
+    """What a descriptor knows of a tensor: no reference, which would keep it from being freed."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(256)  # layers of a model get the same memory from PyTorch again and again
+def _descriptor(address: int, dtype: torch.dtype, shape: tuple, strides: tuple, box: tuple[int, int]):
+    """TMA descriptor of a tensor [rows, N, width] as rows of all heads."""
+    (rows, heads, width), (row_stride, stride, _) = shape, strides
+    columns = (heads - 1) * stride + width
+    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [row_stride, 1], list(box), SWIZZLED.value)
+
+
+def _describe(x, box):
+    return _descriptor(x.data_ptr(), x.dtype, x.shape, x.stride(), box)
+
+
+@cache
+def _counters(index: int) -> Iterator[torch.Tensor]:
+    """Zeros on a GPU, 128 bytes apart, for launches to claim tiles from; each leaves its own at zero."""
+    zeros = torch.zeros(_COUNTERS, 32, dtype=torch.int32, device=f"cuda:{index}")
+    torch.cuda.synchronize(index)  # other streams than this one will use them
+    return iter(zeros)
+
+
+@cache
+def _counter_of_stream(index: int, stream: int) -> torch.Tensor:
+    return next(_counters(index))
+
+
+def _counter(device: torch.device) -> torch.Tensor:
+    """A zero that no launch which may run beside this one claims tiles from: one for each stream, whose launches run
+    one after the other, and one for each launch that is captured, since replays of a graph do."""
+    if not torch.cuda.is_current_stream_capturing():
+        return _counter_of_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
+    made = next(_counters(device.index), None) if _counters.cache_info().currsize else None
+    return torch.zeros(1, dtype=torch.int32, device=device) if made is None else made  # captured, too
+
+
+def _kind(x: int) -> tuple:
+    """What Triton's code for an integer argument depends on."""
+    return x % 16, x == 1, x >= 2**31
+
+
+def _kinds(*tensors) -> tuple:
+    """What code for these tensors depends on, beside widths. The last two are outputs, which no descriptor is for."""
+    *_, out, lse = tensors
+    strides = (*out.stride()[:2], *lse.stride())
+    aligned = out.data_ptr() % 16, lse.data_ptr() % 16
+    return (out.device.index, *aligned, *(x.dtype for x in tensors), *map(_kind, strides))
+
+
+_COMPILED: dict[tuple, object] = {}
+
+
+def _launch(key: tuple, programs: int, *args, **constants):
+    """Launch what was compiled for this key, on which all of it depends. Triton would look at every argument to find
+    that, which takes longer than the launch."""
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        _COMPILED[key] = _prefill_kernel[(programs,)](*args, **constants, num_warps=4)
+    else:
+        compiled[programs, 1, 1](*args, *constants.values())
+
+
+def run(
+    q_TNQ,
+    k_nope_SNP,
+    k_rope_SNR,
+    v_SNV,
+    query_start_B1,
+    key_start_B1,
+    *,
+    max_query_len,
+    scale,
+    causal,
+    out_TNV=None,
+    lse_TN=None,
+):
+    """Same contract as reference.prefill, but rows of `out_TNV` that no request owns keep what they held.
+
+    All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
+    """
+    T, N, Q = q_TNQ.shape
+    P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
+    if out_TNV is None:
+        out_TNV = q_TNQ.new_zeros(T, N, V)
+    if lse_TN is None:
+        lse_TN = q_TNQ.new_full((T, N), -torch.inf, dtype=torch.float32)
+    require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
+    B = len(query_start_B1) - 1
+    if T == 0 or B == 0:
+        return out_TNV, lse_TN
+    if len(v_SNV) == 0:
+        return out_TNV.zero_(), lse_TN.fill_(-torch.inf)
+    device = device_of(q_TNQ)
+    block = _block(device, Q, V)
+    q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
+    k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
+    kinds = _kinds(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
+    _launch(
+        (causal, Q, R, V, *kinds), device.num_sms,
+        _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
+        _describe(k_nope_SNP, (block, COLUMNS.value)),
+        _describe(k_rope_SNR, (block, COLUMNS.value)),
+        _describe(v_SNV, (block, V)),
+        q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
+        query_start_B1, key_start_B1, B, N, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
+        out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
+        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
+    )  # fmt: skip
+    return out_TNV, lse_TN

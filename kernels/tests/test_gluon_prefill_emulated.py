@@ -1,0 +1,174 @@
+"""The text of the Hopper prefill kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
+
+import gluon_emulator
+import pytest
+import torch
+from gluon_emulator import emulated
+
+import mla_kernels.primitives as primitives
+from mla_kernels import Device, MLAGeometry
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill
+
+MODULES = ("hopper", "hopper_prefill", "prefill.gluon_sm90_ragged")
+GPU = Device("cuda", 90, "a small Hopper", 5)
+COUNTER = torch.zeros(1, dtype=torch.int32)
+
+
+def build(**edits):
+    *_, roles, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
+    roles.LN_2 = primitives.LN_2.value
+    kernel.device_of = lambda tensor: GPU
+    kernel._counter = lambda device: COUNTER
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return build()
+
+
+def geometry(heads=2, nope=128, rope=64, v=128):
+    return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v)
+
+
+def check(kernel, shape, *lens, change=lambda case: case, **options):
+    case = change(make_prefill(shape, *lens, dtype=torch.float16, **options))
+    tokens, heads = case.arrays[0].shape[:2]
+    wide = torch.full((tokens, heads + 1, shape.v_head_dim + 16), torch.nan, dtype=torch.float16)
+    out = wide[:, :heads, : shape.v_head_dim]
+    lse = torch.full((heads, tokens + 1), torch.nan).T[:tokens]  # heads first, as vLLM passes it
+    COUNTER.zero_()
+    kernel.run(*case.arrays, **case.options, out_TNV=out, lse_TN=lse)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[torch.float16])
+    assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
+    assert not COUNTER.any(), "the next launch would begin somewhere else"
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("lens", [[1, 0, 16, 63], [64, 65], [17, 129], [127, 128, 300]], ids=str)
+def test_causal_lengths_around_every_edge(kernel, lens, needles):
+    check(kernel, geometry(), lens, needles=needles)
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 400, 129]], ids=str)
+def test_every_query_sees_every_key(kernel, key_lens, needles):
+    check(kernel, geometry(), [20, 3, 165], key_lens, causal=False, needles=needles)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "key_lens"),
+    [([1, 1, 1], [64, 65, 128]), ([5, 170], [67, 271]), ([65, 2], [128, 0]), ([170, 3, 66], [5, 1, 65])],
+    ids=str,
+)
+def test_causal_queries_are_the_last_of_their_keys(kernel, query_lens, key_lens):
+    check(kernel, geometry(), query_lens, key_lens)
+
+
+@pytest.mark.parametrize(
+    ("heads", "nope", "rope", "v"), [(1, 192, 64, 256), (3, 64, 64, 64), (2, 256, 0, 256), (20, 128, 64, 128)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_geometries(kernel, heads, nope, rope, v, causal):
+    check(kernel, geometry(heads, nope, rope, v), [9, 150], [70, 150], causal=causal)
+
+
+def test_more_requests_than_are_looked_at_at_once(kernel):
+    check(kernel, geometry(1), [(37 * i) % 70 if i % 3 else 0 for i in range(70)])
+
+
+def test_heads_in_groups(kernel, monkeypatch):
+    """As if L2 held the keys of two heads only: other tiles follow one another, and all are there."""
+    monkeypatch.setattr(kernel, "_L2_BYTES", 2 * 300 * 512)
+    check(kernel, geometry(5), [300, 129])
+
+
+def test_strided_and_concatenated(kernel):
+    """vLLM hands over one tensor of whole keys, and queries may be a slice of a projection's output."""
+
+    def change(case, shift=8):
+        q, k_nope, k_rope, v, *starts = case.arrays
+        k = torch.cat([k_nope, k_rope], -1)
+        wide = torch.full((len(q), q.shape[1] + 1, q.shape[2] + 32), torch.nan, dtype=q.dtype)
+        view = wide[:, 1:, shift : q.shape[2] + shift].copy_(q)
+        by_head = torch.empty(v.shape[1], len(v), v.shape[2], dtype=v.dtype).transpose(0, 1).copy_(v)
+        arrays = (view, k[..., : k_nope.shape[-1]], k[..., k_nope.shape[-1] :], by_head, *(s.long() for s in starts))
+        return RaggedCase(geometry=case.geometry, arrays=arrays, options=case.options)
+
+    check(kernel, geometry(3), [70, 9], [100, 9], change=change)
+    check(kernel, geometry(3), [70, 9], [100, 9], change=lambda case: change(case, shift=3))
+
+
+def several(kernel):
+    check(kernel, geometry(), [200, 9, 129], [330, 70, 129])
+
+
+# Barriers matter only if somebody is late: what is late, and the wait that is then needed.
+SLEEP = "__import__('time').sleep(0.003)"
+LATE = {
+    "keys are multiplied late": (
+        "            s = warpgroup_mma_wait(1, deps=[s])\n",
+        "    full = smem.k_full.index(stage)\n    mbarrier.wait(smem.k_empty.index(stage), phase ^ 1)\n",
+    ),
+    "values are multiplied late": (
+        "            acc = warpgroup_mma_wait(0, deps=[acc])\n",
+        "    mbarrier.wait(smem.v_empty.index(stage), phase ^ 1)\n",
+    ),
+    "queries are multiplied late": (
+        "        s = warpgroup_mma_wait(0, deps=[s])\n",
+        "        mbarrier.wait(smem.q_empty.index(w), (count & 1) ^ 1)\n        mbarrier.expect(",
+    ),
+    "values come late": (
+        "    tma_load(desc, [row, head * stride], full, smem.v.index(stage))\n",
+        "            mbarrier.wait(smem.v_full.index(stage), phase)\n            acc",
+    ),
+    "queries come late": (
+        "            tma_load(q_desc, [token + w * ROWS, column",
+        "        mbarrier.wait(smem.q_full.index(W), count & 1)\n",
+    ),
+    "tiles are told late": (
+        "        smem.tile.index(slot * FIELDS + f).store(",
+        "    mbarrier.wait(smem.tile_full.index(slot), phase)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_late_roles_are_waited_for(what, monkeypatch):
+    """Right while the barrier is there, wrong without."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 3)
+    line, wait = LATE[what]
+    indent = line[: len(line) - len(line.lstrip())]
+    late = {line: f"{indent}{SLEEP}\n{line}"}
+    several(build(edits=late))
+    first, _, rest = wait.partition("mbarrier.wait(")
+    with pytest.raises(AssertionError):
+        several(build(edits=late | {wait: f"{first}(lambda *_: None)({rest}"}))
+
+
+MISTAKES = {
+    "values behind the end are not zeroed": ("            _zero_tail(smem.v", "            (lambda *_: 0)(smem.v"),
+    "a query sees one key too many": (
+        "sees = gl.minimum(all_see + i, keys)",
+        "sees = gl.minimum(all_see + i + 1, keys)",
+    ),
+    "a warpgroup thinks that it sees what the other does": ("gl.minimum(all_see + W * ROWS, keys)", "keys"),
+    "outputs are not rescaled": ("            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]\n", ""),
+    "a block of keys is never released": ("mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)", "pass"),
+    "queries are released too early": ("if b == blocks - 1:", "if b == blocks - 2:"),
+    "a tile is skipped": ("_find(claim + gl.num_programs(0),", "_find(claim + gl.num_programs(0) + claim // 3,"),
+    "all heads of a group are the first": ("head + local % group", "head"),
+    "both warpgroups have the same queries": ("[token + w * ROWS, column", "[token, column"),
+    "the counter keeps what it has": ("        gl.store(batch.claimed, 0)", "        pass"),
+    "outputs go where the next tile's do": ("token + W * ROWS, rows - W", "next_token + W * ROWS, rows - W"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake, monkeypatch):
+    """The emulator is no rubber stamp: each of these fails."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
+    with pytest.raises(AssertionError):
+        several(build(edits=dict([MISTAKES[mistake]])))
