@@ -9,8 +9,9 @@ import torch
 from bench_rows import FACTS, row
 
 from mla_backend.attention import MLAAttention
-from mla_backend.bench import decode, peers, results
+from mla_backend.bench import compare, decode, peers, results
 from mla_backend.bench.cases import CASES, Case, chosen_cases
+from mla_backend.bench.machine import BenchmarkError
 from mla_backend.config import MLABackendConfig
 from mla_kernels import reference
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
@@ -87,7 +88,7 @@ def wrong_second_call(out, lse, call):
 
 
 def test_poisoned_memory():
-    with decode.poisoned_memory():
+    with compare.poisoned_memory():
         assert torch.empty(4, 4).isnan().all()
         assert torch.empty_like(torch.ones(4, dtype=torch.bfloat16)).isnan().all()
         assert torch.empty(4, dtype=torch.int32).ne(0).all()
@@ -105,23 +106,23 @@ def test_verify_catches(monkeypatch, config, spoil):
         return out, lse
 
     monkeypatch.setattr(MLAAttention, "decode", wrong)
-    with pytest.raises(decode.BenchmarkError, match=r"wrong answer of \w+ in case tiny b4 s33 h2 q3"):
+    with pytest.raises(BenchmarkError, match=r"wrong answer of \w+ in case tiny b4 s33 h2 q3"):
         verify(config)
 
 
 def test_kernel_is_the_named_one(monkeypatch, config, inputs):
     monkeypatch.setenv("MLA_BACKEND_DECODE", "triton_splitkv")
     monkeypatch.setenv("MLA_BACKEND_MERGE", "torch_merge")
-    assert decode.config_for(None) == MLABackendConfig.from_environment()
-    named = decode.config_for("torch_decode")
+    assert compare.config_for("decode", None) == MLABackendConfig.from_environment()
+    named = compare.config_for("decode", "torch_decode")
     assert named.kernel_for("decode") == "torch_decode"
     assert named.kernel_for("merge") == "torch_merge"
     assert decode.attention_for(inputs, named).chosen["decode"].kernel.name == "torch_decode"
 
 
 def test_unknown_kernel_is_refused_with_the_names(config):
-    with pytest.raises(decode.BenchmarkError, match=r"unknown decode kernel 'nope'; choose from auto, .*torch_decode"):
-        verify(decode.config_for("nope"))
+    with pytest.raises(BenchmarkError, match=r"unknown decode kernel 'nope'; choose from auto, .*torch_decode"):
+        verify(compare.config_for("decode", "nope"))
 
 
 def test_every_peer_has_a_column():
@@ -169,13 +170,14 @@ def test_flashinfer_gets_what_it_documents(monkeypatch, inputs):
     module.BatchMLAPagedAttentionWrapper = FlashInferByTheBook
     monkeypatch.setitem(sys.modules, "flashinfer", package)
     monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
-    assert decode.peer_error(peers.flashinfer(inputs)(), decode.expected(inputs)[0]) < 1e-5
+    assert compare.peer_error(peers.flashinfer(inputs)(), decode.expected(inputs)[0]) < 1e-5
 
 
 def measured(monkeypatch, config, **kernels):
     """A row of UNEVEN and the refusals, with these functions as peers and a clock that always says 3."""
     monkeypatch.setattr(decode, "DECODE", kernels)
-    monkeypatch.setattr(decode, "graph_us", lambda calls: 3.0)
+    for module in (decode, compare):
+        monkeypatch.setattr(module, "graph_us", lambda calls: 3.0)
     refusals = []
     options = {"page_size": PAGE, "dtype": torch.float32, "device": "cpu"}
     made = decode.measure(UNEVEN, config, peers=list(kernels), refused=lambda *why: refusals.append(why), **options)
@@ -219,8 +221,8 @@ def test_peer_that_computes_something_else_is_no_comparison(monkeypatch, config,
 def fake_run(monkeypatch):
     """run(cases, measure, **options): decode.run on a machine whose clock is the function `measure`."""
     log = []
-    monkeypatch.setattr(decode, "need_gpu", lambda: None)
-    monkeypatch.setattr(decode, "machine", lambda: FACTS)
+    monkeypatch.setattr(compare, "need_gpu", lambda: None)
+    monkeypatch.setattr(compare, "machine", lambda: FACTS)
     monkeypatch.setattr(decode, "verify", lambda case, *_, **__: log.append(f"verify {case.heads}"))
 
     def run(cases, measure, **options):

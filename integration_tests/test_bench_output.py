@@ -190,7 +190,9 @@ def test_without_the_extra():
     )
 
 
-@pytest.mark.parametrize("arguments", [("decode", "--plot", "x.png"), ("plot-decode", H200_CSV, "x.png")])
+@pytest.mark.parametrize(
+    "arguments", [("decode", "--plot", "x.png"), ("prefill", "--plot", "x.png"), ("plot-decode", H200_CSV, "x.png")]
+)
 def test_picture_without_matplotlib(arguments):
     pytest.importorskip("typer")
     line = only_line(command("bench", *arguments, before="sys.modules['matplotlib'] = None"))
@@ -198,7 +200,7 @@ def test_picture_without_matplotlib(arguments):
     assert "pip install 'mla-backend[bench]'" in line
 
 
-@pytest.mark.parametrize("what", ["decode", "engine"])
+@pytest.mark.parametrize("what", ["decode", "prefill", "engine"])
 def test_without_a_gpu(what):
     pytest.importorskip("typer")
     line = only_line(command("bench", what, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES=""))
@@ -208,7 +210,7 @@ def test_without_a_gpu(what):
 
 def test_wrong_answer_is_exit_status_1():
     pytest.importorskip("typer")
-    fake = "def run(*_, **__): raise d.BenchmarkError('wrong answer of k')"
+    fake = "def run(*_, **__): raise d.compare.BenchmarkError('wrong answer of k')"
     done = command("bench", "decode", before=f"import mla_backend.bench.decode as d; exec({fake!r}); d.run = run")
     assert only_line(done) == "mla-backend: wrong answer of k"
 
@@ -259,7 +261,9 @@ def test_plot_command(tmp_path):
     assert png_size(tmp_path / "decode.png")[0] == 1800
 
 
-@pytest.mark.parametrize("arguments", [(), ("bench", "--help"), ("bench", "decode", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("bench", "--help"), ("bench", "decode", "--help"), ("bench", "prefill", "--help")]
+)
 def test_cold_until_a_command_runs(arguments):
     pytest.importorskip("typer")
     heavy = "{'torch', 'triton', 'vllm', 'matplotlib', 'flashinfer', 'mla_kernels'}"

@@ -8,13 +8,11 @@ BYTES_PER_US, FLOP_PER_US = 4.3e6, 790e6
 LATENT, ROPE = 512, 64
 
 
-def geometry_for(heads: int):
+def geometry_for(heads: int, *, nope: int = 128, v: int = 128):
     """DeepSeek's widths with `heads` heads on this rank."""
     from mla_kernels import MLAGeometry
 
-    return MLAGeometry(
-        num_heads=heads, kv_lora_rank=LATENT, qk_nope_head_dim=128, qk_rope_head_dim=ROPE, v_head_dim=128
-    )
+    return MLAGeometry(num_heads=heads, kv_lora_rank=LATENT, qk_nope_head_dim=nope, qk_rope_head_dim=ROPE, v_head_dim=v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ CASES = (
 )  # fmt: skip
 
 
-def chosen_cases(pattern: str | None) -> tuple[Case, ...]:
+def chosen_cases(pattern: str | None, cases: tuple = CASES) -> tuple:
     """Cases whose text (`even b128 s4096 h16 q1`) the regular expression is found in; all without one.
 
     Raises ValueError when the pattern is no expression or fits no case.
@@ -91,8 +89,8 @@ def chosen_cases(pattern: str | None) -> tuple[Case, ...]:
         wanted = re.compile(pattern or "")
     except re.error as error:
         raise ValueError(f"--cases must be a regular expression, got {pattern!r}: {error}") from None
-    found = tuple(case for case in CASES if wanted.search(str(case)))
+    found = tuple(case for case in cases if wanted.search(str(case)))
     if not found:
-        known = "\n".join(f"  {case}" for case in CASES)
+        known = "\n".join(f"  {case}" for case in cases)
         raise ValueError(f"--cases {pattern!r} is found in none of\n{known}")
     return found

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mla_backend.bench import prefill_cases
+from mla_backend.bench.cases import CASES, chosen_cases
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.results import PEERS
 
@@ -28,26 +30,45 @@ def need_matplotlib() -> None:
         ) from None
 
 
-def chosen_peers(names: str) -> list[str]:
+def chosen_peers(names: str, known: tuple[str, ...] = PEERS) -> list[str]:
     """Peers of a comma-separated list, in the order of the columns; none for "none". Exits for an unknown one."""
     wanted = {name.strip() for name in names.split(",")} - {"", "none"}
-    if unknown := wanted - set(PEERS):
-        raise typer.BadParameter(f"unknown peer {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
-    return [peer for peer in PEERS if peer in wanted]
+    if unknown := wanted - set(known):
+        raise typer.BadParameter(f"unknown peer {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    return [peer for peer in known if peer in wanted]
+
+
+def measured(run, known: tuple, cases: str | None, **options):
+    """What `run` gives for the cases of a pattern. Exits when it cannot, or there are none."""
+    try:
+        chosen = chosen_cases(cases, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        return run(chosen, **options)
+    except BenchmarkError as error:
+        raise fail(error) from None
+
+
+def peers_option(known: tuple[str, ...]):
+    return typer.Option(
+        "--against",
+        "--peers",
+        metavar="NAMES",
+        show_default="all",
+        help=f"Any of {', '.join(known)}, with commas between; `none` for ours alone.",
+    )
+
+
+CSVFile = Annotated[
+    pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write one row a case, as each ends.")
+]
+Picture = Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw the results.")]
 
 
 @bench.command()
 def decode(
-    against: Annotated[
-        str,
-        typer.Option(
-            "--against",
-            "--peers",
-            metavar="NAMES",
-            show_default="all",
-            help=f"Any of {', '.join(PEERS)}, with commas between; `none` for ours alone.",
-        ),
-    ] = ",".join(PEERS),
+    against: Annotated[str, peers_option(PEERS)] = ",".join(PEERS),
     cases: Annotated[
         str | None,
         typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
@@ -57,12 +78,8 @@ def decode(
         str | None,
         typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
     ] = None,
-    csv: Annotated[
-        pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write one row a case, as each ends.")
-    ] = None,
-    plot: Annotated[
-        pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw the results.")
-    ] = None,
+    csv: CSVFile = None,
+    plot: Picture = None,
 ) -> None:
     """Time absorbed decode in a CUDA graph, after every case has agreed with float32 attention."""
     peers = chosen_peers(against)
@@ -70,21 +87,45 @@ def decode(
         need_matplotlib()
     from mla_backend.bench import decode as benchmark
     from mla_backend.bench import report
-    from mla_backend.bench.cases import chosen_cases
 
-    try:
-        chosen = chosen_cases(cases)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    try:
-        rows, refusals = benchmark.run(chosen, peers=peers, page_size=page_size, kernel=kernel, csv=csv)
-    except BenchmarkError as error:
-        raise fail(error) from None
+    options = {"peers": peers, "page_size": page_size, "kernel": kernel, "csv": csv}
+    rows, refusals = measured(benchmark.run, CASES, cases, **options)
     report.show(rows, refusals)
     if plot:
         from mla_backend.bench.plot import plot_decode
 
         plot_decode(rows, plot)
+
+
+@bench.command()
+def prefill(
+    against: Annotated[str, peers_option(prefill_cases.PEERS)] = ",".join(prefill_cases.PEERS),
+    cases: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `h128` or `s8192 h20`.")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Our prefill kernel; MLA_BACKEND_PREFILL or the best that fits without it."),
+    ] = None,
+    csv: CSVFile = None,
+    plot: Picture = None,
+) -> None:
+    """Time prefill attention in a CUDA graph, after every case has agreed with float32 attention.
+
+    Peers get keys concatenated and values contiguous, and what that costs is not in their time.
+    """
+    peers = chosen_peers(against, prefill_cases.PEERS)
+    if plot:
+        need_matplotlib()
+    from mla_backend.bench import prefill as benchmark
+    from mla_backend.bench import report
+
+    rows, refusals = measured(benchmark.run, prefill_cases.CASES, cases, peers=peers, kernel=kernel, csv=csv)
+    report.show_prefill(rows, refusals)
+    if plot:
+        from mla_backend.bench.plot_prefill import plot_prefill
+
+        plot_prefill(rows, plot)
 
 
 @bench.command()

@@ -1,5 +1,5 @@
-"""Other people's MLA decode kernels. Each takes a DecodeInputs and returns a function to time, whose result is the
-output or a pair of output and LSE.
+"""Other people's kernels. Each takes a DecodeInputs or PrefillInputs and returns a function to time, whose result is
+the output or a pair of output and LSE.
 
 Imported only when asked for; a peer that is not installed or refuses a shape raises, which the benchmark notes.
 """
@@ -20,6 +20,27 @@ class DecodeInputs:
     seq_lens_B: torch.Tensor
     latent: int
     scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillInputs:
+    """What mla_kernels.reference.prefill takes: k_nope_SNP and v_SNV are views of one tensor, k_rope_SNR has one row
+    for all heads. max_key_len: keys of the longest request, which a peer wants to know."""
+
+    q_TNQ: torch.Tensor
+    k_nope_SNP: torch.Tensor
+    k_rope_SNR: torch.Tensor
+    v_SNV: torch.Tensor
+    query_start_B1: torch.Tensor
+    key_start_B1: torch.Tensor
+    max_query_len: int
+    max_key_len: int
+    causal: bool
+    scale: float
+
+    def peer_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys with the rotary part of every head behind its nope part, and values: contiguous both."""
+        return torch.cat([self.k_nope_SNP, self.k_rope_SNR], -1), self.v_SNV.contiguous()
 
 
 def vllm_triton(data: DecodeInputs):
@@ -145,3 +166,49 @@ def flashinfer(data: DecodeInputs):
 
 
 DECODE = {"flashmla": flashmla, "fa3": fa3, "flashinfer": flashinfer, "vllm_triton": vllm_triton}
+
+
+def fa3_prefill(data: PrefillInputs):
+    """FlashAttention-3, as vLLM's FLASH_ATTN calls it for prefill."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    k_SNQ, v_SNV = data.peer_keys()
+    return lambda: flash_attn_varlen_func(
+        q=data.q_TNQ,
+        k=k_SNQ,
+        v=v_SNV,
+        max_seqlen_q=data.max_query_len,
+        cu_seqlens_q=data.query_start_B1,
+        max_seqlen_k=data.max_key_len,
+        cu_seqlens_k=data.key_start_B1,
+        softmax_scale=data.scale,
+        causal=data.causal,
+        return_softmax_lse=True,
+        fa_version=3,
+    )
+
+
+def flashinfer_prefill(data: PrefillInputs):
+    """The best that FlashInfer has for the GPU, FlashAttention-3's way on Hopper; its plan is made here and not
+    timed."""
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+    k_SNQ, v_SNV = data.peer_keys()
+    heads = data.q_TNQ.shape[1]
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=data.q_TNQ.device)
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="auto")
+    wrapper.plan(
+        qo_indptr=data.query_start_B1,
+        kv_indptr=data.key_start_B1,
+        num_qo_heads=heads,
+        num_kv_heads=heads,
+        head_dim_qk=k_SNQ.shape[-1],
+        head_dim_vo=v_SNV.shape[-1],
+        causal=data.causal,
+        sm_scale=data.scale,
+        q_data_type=data.q_TNQ.dtype,
+    )
+    return lambda: wrapper.run(data.q_TNQ, k_SNQ, v_SNV, return_lse=True)
+
+
+PREFILL = {"fa3": fa3_prefill, "flashinfer": flashinfer_prefill}

@@ -1,13 +1,15 @@
-"""A decode benchmark's rows as tables. Needs rich."""
+"""Benchmarks' rows as tables. Needs rich."""
 
 import shutil
 
 from rich.console import Console
 from rich.table import Table
 
+from mla_backend.bench import prefill_cases
 from mla_backend.bench.results import (
     BEST,
     PEERS,
+    Summary,
     best_ratio,
     case_of,
     fraction_of_limit,
@@ -22,24 +24,51 @@ NOTHING = "-"
 
 def case_table(rows: list[dict]) -> Table:
     """All cases; a column for each peer, with a dash where it has no time."""
-    first = rows[0]
-    kernels = ", ".join(dict.fromkeys(row["kernel"] for row in rows if "kernel" in row))
-    table = Table(
-        title=f"Absorbed decode on {first['gpu']}, {first['date']}, torch {first['torch']}, Triton {first['triton']}",
-        caption="Microseconds a call. x: the time over ours, more than 1 is a win for us."
-        + (f" Ours: {kernels}." if kernels else ""),
-    )
-    table.add_column("case", no_wrap=True)
     numbers = ("limit", "ours", "GB/s", "TFLOP/s", "of limit", *PEERS, f"{BEST} / ours")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("Absorbed decode", rows, numbers)
     for row in rows:
         table.add_row(*_cells(row))
     return table
 
 
+def prefill_table(rows: list[dict]) -> Table:
+    """As case_table. Rates are ours."""
+    peers = prefill_cases.PEERS
+    numbers = ("limit", "ours", "TFLOP/s", "of limit", *peers, f"{BEST} / ours")
+    free = f" {' and '.join(peers)} get keys concatenated and values contiguous: what that costs is in no time here."
+    table = _table("Prefill attention, bf16,", rows, numbers, free)
+    for row in rows:
+        ours, case = row["ours_us"], prefill_cases.case_of(row)
+        rates = (f"{prefill_cases.teraflops(row, ours):.0f}", f"{case.limit_us / ours:.0%}")
+        table.add_row(str(case), f"{row['limit_us']:.1f}", f"{ours:.1f}", *rates, *_against(row, peers))
+    return table
+
+
+def _table(what: str, rows: list[dict], numbers: tuple[str, ...], note: str = "") -> Table:
+    """Without rows: the machine above it, what numbers mean below it."""
+    first = rows[0]
+    kernels = ", ".join(dict.fromkeys(row["kernel"] for row in rows if "kernel" in row))
+    table = Table(
+        title=f"{what} on {first['gpu']}, {first['date']}, torch {first['torch']}, Triton {first['triton']}",
+        caption="Microseconds a call. x: the time over ours, more than 1 is a win for us."
+        + note
+        + (f" Ours: {kernels}." if kernels else ""),
+    )
+    table.add_column("case", no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _against(row: dict, peers: tuple[str, ...]) -> list[str]:
+    """The peers' times, and the best one's over ours."""
+    times, best = peer_times(row), best_ratio(row)
+    shown = [f"{times[peer]:.1f}" if peer in times else NOTHING for peer in peers]
+    return [*shown, f"{best:.2f}x" if best else NOTHING]
+
+
 def _cells(row: dict) -> list[str]:
-    ours, times, best = row["ours_us"], peer_times(row), best_ratio(row)
+    ours = row["ours_us"]
     return [
         str(case_of(row)),
         f"{row['limit_us']:.1f}",
@@ -47,18 +76,17 @@ def _cells(row: dict) -> list[str]:
         f"{gigabytes_per_s(row, ours):.0f}",
         f"{teraflops(row, ours):.1f}",
         f"{fraction_of_limit(row):.0%}",
-        *(f"{times[peer]:.1f}" if peer in times else NOTHING for peer in PEERS),
-        f"{best:.2f}x" if best else NOTHING,
+        *_against(row, PEERS),
     ]
 
 
-def summary_table(rows: list[dict]) -> Table:
+def summary_table(made: list[Summary]) -> Table:
     table = Table(title="Time of each peer over ours")
     table.add_column("peer", no_wrap=True)
     for name in ("cases", "geometric mean", "worst"):
         table.add_column(name, justify="right")
     table.add_column("in case", no_wrap=True)
-    for one in summaries(rows):
+    for one in made:
         end = one.peer == BEST
         if end:
             table.add_section()
@@ -67,12 +95,21 @@ def summary_table(rows: list[dict]) -> Table:
 
 
 def show(rows: list[dict], refusals: dict[tuple[str, str], list[str]]) -> None:
-    """Print the tables, then why cells are empty: `refusals` has the cases of each (peer, reason)."""
+    """Print the tables of decode, then why cells are empty: `refusals` has the cases of each (peer, reason)."""
+    _show(case_table(rows), summaries(rows), refusals)
+
+
+def show_prefill(rows: list[dict], refusals: dict[tuple[str, str], list[str]]) -> None:
+    """As `show`."""
+    _show(prefill_table(rows), summaries(rows, prefill_cases.case_of), refusals)
+
+
+def _show(table: Table, made: list[Summary], refusals: dict[tuple[str, str], list[str]]) -> None:
     # rich cuts numbers where a terminal is narrow, and takes 80 columns for a file.
     console = Console(width=max(150, shutil.get_terminal_size().columns), highlight=False)
-    console.print(case_table(rows))
-    if summaries(rows):
-        console.print(summary_table(rows))
+    console.print(table)
+    if made:
+        console.print(summary_table(made))
     for (peer, reason), cases in refusals.items():
         more = f" and {len(cases) - 1} more" if len(cases) > 1 else ""
         console.print(f"no {peer} ({cases[0]}{more}): {reason}", markup=False)

@@ -99,8 +99,8 @@ def geometric_mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def summaries(rows: list[dict]) -> list[Summary]:
-    """One for each peer that has a time, then one for the best peer of each case."""
+def summaries(rows: list[dict], case_of=case_of) -> list[Summary]:
+    """One for each peer that has a time, then one for the best peer of each case.   case_of: row to its case."""
     made = []
     for peer in (*PEERS, BEST):
         pairs = [(_ratio(row, peer), str(case_of(row))) for row in rows if _ratio(row, peer)]

@@ -1,0 +1,95 @@
+"""What prefill is timed on, the least time that a case can take, and the rows of its CSV. Imports no torch."""
+
+from dataclasses import dataclass
+
+from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US, ROPE, geometry_for
+from mla_backend.bench.results import peer_times
+
+PEERS = ("fa3", "flashinfer")
+SHAPE = ("count", "tokens", "context", "heads", "qk_dim", "v_dim")
+COLUMNS = (
+    *("date", "gpu", "torch", "triton", "case"),
+    *SHAPE,
+    *("limit_us", "ours_us", *(f"{peer}_us" for peer in PEERS)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillCase:
+    """Sequences of equal length: new tokens of each, that attend causally to each other, or to all of `context` cached
+    tokens where there are some. Heads of this rank; widths of queries and values.
+
+    name: the CSV's `case`. "kernel" is the attention alone, without the projection that makes keys and values.
+    """
+
+    name: str = "kernel"
+    count: int
+    tokens: int
+    context: int = 0
+    heads: int
+    qk_dim: int = 192
+    v_dim: int = 128
+
+    @property
+    def causal(self) -> bool:
+        return self.context == 0
+
+    @property
+    def keys(self) -> int:
+        """Of each sequence."""
+        return self.context or self.tokens
+
+    @property
+    def geometry(self):
+        return geometry_for(self.heads, nope=self.qk_dim - ROPE, v=self.v_dim)
+
+    @property
+    def flop(self) -> int:
+        """Multiply-adds of both matrix products, times 2; a causal mask hides half of them."""
+        whole = 2 * self.count * self.heads * self.tokens * self.keys * (self.qk_dim + self.v_dim)
+        return whole // 2 if self.causal else whole
+
+    @property
+    def bytes(self) -> int:
+        """Of queries, keys, values and output in bf16, each moved once; keys as peers read them, every head's whole."""
+        return 2 * self.count * self.heads * (self.tokens + self.keys) * (self.qk_dim + self.v_dim)
+
+    @property
+    def limit_us(self) -> float:
+        """The larger of bytes / copy bandwidth and FLOP / matrix rate."""
+        return max(self.bytes / BYTES_PER_US, self.flop / FLOP_PER_US)
+
+    def __str__(self) -> str:
+        cached = f" c{self.context}" if self.context else ""
+        return f"n{self.count} s{self.tokens}{cached} h{self.heads} {self.qk_dim}/{self.v_dim}"
+
+
+CASES = (
+    *(PrefillCase(count=count, tokens=tokens, heads=heads) for count, tokens, heads in (
+        (16, 512, 16), (8, 1024, 16), (4, 4096, 16), (1, 8192, 16), (1, 32768, 16),
+        (8, 1024, 128), (4, 4096, 128), (1, 8192, 128), (1, 16384, 128),
+    )),
+    # GLM-4.7-Flash
+    *(PrefillCase(count=count, tokens=tokens, heads=20, qk_dim=256, v_dim=256) for count, tokens in (
+        (16, 512), (1, 8192),
+    )),
+    PrefillCase(count=1, tokens=512, context=16384, heads=16),
+)  # fmt: skip
+
+
+def case_of(row: dict) -> PrefillCase:
+    return PrefillCase(name=row["case"], **{name: row[name] for name in SHAPE})
+
+
+def teraflops(row: dict, us: float) -> float:
+    return case_of(row).flop / us / 1e6
+
+
+def line(row: dict) -> str:
+    """A row on one line: our time and rate, and each peer's time and its ratio to ours."""
+    ours = row["ours_us"]
+    peers = "  ".join(f"{peer} {us:.1f} ({us / ours:.2f}x)" for peer, us in peer_times(row).items())
+    return (
+        f"{case_of(row)!s:28} limit {row['limit_us']:8.1f}  ours {ours:8.1f} us, {teraflops(row, ours):4.0f} TFLOP/s"
+        f" ({row['kernel']})  {peers or 'no peer'}"
+    )
