@@ -37,7 +37,7 @@ def test_compiles_for(target, names, tmp_path):
 
 def test_hopper_kernel_compiles(tmp_path):
     rows = compiled(("cuda", "90"), "gluon_sm90", tmp_path)
-    assert {row["function"] for row in rows} == {"_decode_kernel", "_merge_kernel"}
+    assert {row["function"] for row in rows} == {"_decode_kernel", "_merge_kernel", "_merge_splits_kernel"}
     assert {f"{row['function']} {row['variant']}": row["faults"] for row in rows if row["faults"]} == {}
 
 
