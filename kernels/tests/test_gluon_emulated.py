@@ -122,8 +122,8 @@ def both(kernel):
 
 # Barriers matter only if somebody is late.
 LATE = {
-    "outputs' last factor is read late": ("            last = smem.last.load(", "last_empty"),
-    "outputs' last factor is written late": ("            smem.last.store(", "last_full"),
+    "outputs' last factor is read late": ("    last = smem.last.load(", "last_empty"),
+    "outputs' last factor is written late": ("    smem.last.store(", "last_full"),
 }
 
 
@@ -132,12 +132,12 @@ def test_late_roles_are_waited_for(what, monkeypatch):
     """With many short requests: right while the barrier is there, wrong without."""
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 3)
     line, barrier = LATE[what]
-    late = {line: f"            __import__('time').sleep(0.01)\n{line}"}
+    late = {line: f"    __import__('time').sleep(0.01)\n{line}"}
     case = make(3, [5, 30, 1, 64, 9, 70, 2, 11] * 3)
     check(build(edits=late), case)
     waits = {
-        "last_empty": "            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n",
-        "last_full": "            mbarrier.wait(smem.last_full, pieces & 1)\n",
+        "last_empty": "    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n",
+        "last_full": "    mbarrier.wait(smem.last_full, pieces & 1)\n",
     }
     with pytest.raises(AssertionError):
         check(build(edits=late | {waits[barrier]: ""}), case)
