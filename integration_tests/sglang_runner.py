@@ -17,6 +17,7 @@ from collections import Counter
 
 PROBE = "kernel_calls_probe"
 CALLS_FILE = "MLA_TEST_CALLS_FILE"
+OPS_OF_THE_MODE = "MLA_TEST_BATCH_INVARIANT_OPS"  # "0": leave out SGLang's, which need an accelerator
 
 
 def register() -> None:
@@ -31,6 +32,10 @@ def register() -> None:
         return call(self, operation, *args, **kwargs)
 
     MLAAttention._call = noted
+    if os.environ.get(OPS_OF_THE_MODE) == "0":
+        from sglang.srt import batch_invariant_ops
+
+        batch_invariant_ops.enable_batch_invariant_mode = lambda: None
 
 
 def install_probe(folder: pathlib.Path) -> pathlib.Path:

@@ -18,7 +18,7 @@ from mla_backend.sglang_adapter.metadata import (
     visible_in_tree,
 )
 from mla_backend.sglang_adapter.problem import ANY_KERNEL, Facts, make_problem, shares_cache
-from mla_backend.steps import DecodeStep
+from mla_backend.steps import DecodeStep, TiledStep
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 
 SHORT_TABLE_PAGE = 16  # tokens a page, from which on a block table of the longest request costs nothing to copy
@@ -52,11 +52,11 @@ class SGLangMLABackend(AttentionBackend):
         requests = self.req_to_token_pool.req_to_token.shape[0]
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
         self.reserve(requests)
-        long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
-        _say_once(
-            f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
-            f"request in latent space: {long}"
-        )
+        said = attention.describe(max_requests=requests)
+        if not self.problem.split_tokens:
+            long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
+            said += f"; more than {self.problem.max_query_len} query tokens of a request in latent space: {long}"
+        _say_once(said)
 
     def reserve(self, requests: int) -> None:
         """Decode scratch for so many requests, the same in every layer and step. What is enough stays where it is."""
@@ -223,7 +223,7 @@ class SGLangMLABackend(AttentionBackend):
             attention.prefill_expanded(q_TNQ, k_nope, k_rope, v_SNV, self._cache(layer), step, **cached)
         return out_TNV.flatten(1)
 
-    def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):
+    def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TiledStep | TreeStep):
         """Absorbed attention. With data-parallel attention SGLang pads tokens after requests were planned: rows behind
         those of the step get zeros."""
         q_latent_TNL, q_rope_TNR = self._split(q, q_rope, self.problem.geometry.num_heads)
@@ -232,11 +232,11 @@ class SGLangMLABackend(AttentionBackend):
         padding = len(q_latent_TNL) - rows
         return torch.nn.functional.pad(out_TNL, (0, 0, 0, padding)) if padding else out_TNL
 
-    def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TreeStep):
+    def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TiledStep | TreeStep):
         workspace = {}
         if isinstance(step, TreeStep):
             attention = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
-        elif step.query_len <= self.problem.max_query_len:
+        elif isinstance(step, TiledStep) or step.query_len <= self.problem.max_query_len:
             attention, workspace = self._attention(scale=layer.scaling), {"workspace": self._scratch}
         else:
             attention = self._long_attention(scale=layer.scaling)
