@@ -36,6 +36,14 @@ def test_engine(engine, checkpoints, oracle):
     assert set(run.calls) == {"cache_write:torch_write", "decode:torch_decode"}
 
 
+def test_triton_kernels(engine, checkpoints, oracle):
+    """With scratch of vLLM's workspace, and context of more than one split."""
+    folder, batch = checkpoints(), prompts((5, 270))
+    run = engine(folder, [batch], invariant_attention=True, kernels="triton", max_tokens=3, max_num_batched_tokens=96)
+    assert_same_answers(run.rounds[0], oracle(folder, batch, 3))
+    assert set(run.calls) == {"cache_write:triton_write", "decode:triton_splitkv"}
+
+
 def test_speculative_decoding(engine, checkpoints, oracle):
     folder, batch = checkpoints(), [p * 8 for p in prompts((9, 5))]
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -105,3 +113,15 @@ def test_another_prefill_is_refused(engine, checkpoints):
         attention_config={"backend": "CUSTOM", "mla_prefill_backend": "FLASH_ATTN"}, attention_backend=None,
     )  # fmt: skip
     assert "leave out -ac.mla_prefill_backend FLASH_ATTN" in run.log
+
+
+def test_our_prefill_alone_is_for_our_decode():
+    """`-ac.mla_prefill_backend CUSTOM` under another decode is refused in this mode; under ours it is never called."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backend
+
+    from mla_backend.vllm_adapter.prefill import _is_under_our_decode
+
+    assert _is_under_our_decode(SimpleNamespace(backend=Backend.CUSTOM))
+    assert _is_under_our_decode(SimpleNamespace(backend=None, backend_per_kind={"mla_attention": Backend.CUSTOM}))
+    assert not _is_under_our_decode(SimpleNamespace(backend=Backend.FLASH_ATTN_MLA, backend_per_kind={}))
+    assert not _is_under_our_decode(SimpleNamespace(backend=None, backend_per_kind=None))

@@ -15,6 +15,7 @@ from test_gluon_emulated import build
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, device_of, format_of, split_for
 from mla_kernels.decode import gluon_sm90, torch_decode, triton_splitkv
 from mla_kernels.splits import reserved_rows, turns_of
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 pytestmark = pytest.mark.skipif(not device_of("cpu").runs_triton, reason="needs TRITON_INTERPRET=1")
 SPLIT, TOKENS = 64, 150
@@ -74,6 +75,17 @@ def test_values_are_right(decode):
     members = [(other, 199, 200), (subject, 60, 70), (subject, 128, 150), (other, 0, 5), (subject, 0, 1)]
     for member, answer in zip(members, decode(*members), strict=True):
         decode.check(*member, answer)
+
+
+@pytest.mark.parametrize("kernel", [torch_decode, triton_splitkv], ids=lambda k: k.__name__.rpartition(".")[2])
+def test_values_of_an_fp8_cache(kernel):
+    """Its scale counts once for scores and once for outputs, in partial answers too."""
+    options = {"query_lens": 2, "dtype": torch.float32, "cache_dtype": torch.float8_e4m3fn, "cache_scale": 0.3}
+    case = make_decode(geometry(5, 128, 32), [150, 40, 2], **options)
+    out, lse = kernel.run(*case.arrays, **case.options, split_tokens=SPLIT)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])

@@ -144,17 +144,16 @@ def _problems(facts: Facts) -> tuple[Problem, Problem]:
         v_head_dim=config.v_head_dim,
     )
     layout = CacheLayout(geometry=geometry, format=format_of(facts.kv_cache_dtype), page_size=facts.page_size)
-    most = max(SHORT_EXTEND, facts.draft_tokens)
     if facts.deterministic:
         problem = Problem(
             layout=layout,
             dtype=facts.dtype,
-            max_query_len=max(most, tile_tokens(facts.heads)),
+            max_query_len=max(facts.draft_tokens, tile_tokens(facts.heads)),  # extends come in tiles
             split_tokens=split_for(geometry),
             max_seq_len=config.context_len,
         )
         return problem, problem
-    problem = Problem(layout=layout, dtype=facts.dtype, max_query_len=most)
+    problem = Problem(layout=layout, dtype=facts.dtype, max_query_len=max(SHORT_EXTEND, facts.draft_tokens))
     return problem, replace(problem, max_query_len=max(problem.max_query_len, config.context_len))
 
 
