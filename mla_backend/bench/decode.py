@@ -21,7 +21,7 @@ from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_backend.steps import DecodeStep
-from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of
+from mla_kernels import CacheLayout, Problem, UnsupportedMLA, device_of, format_of, split_for
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
 
 DTYPE = torch.bfloat16
@@ -53,13 +53,16 @@ def config_for(kernel: str | None) -> MLABackendConfig:
     return dataclasses.replace(config, kernels=tuple((dict(config.kernels) | {"decode": kernel}).items()))
 
 
-def attention_for(data: DecodeInputs, config: MLABackendConfig) -> MLAAttention:
+def attention_for(data: DecodeInputs, config: MLABackendConfig, *, batch_invariant: bool = False) -> MLAAttention:
     """As the adapter makes it for these inputs. Raises UnsupportedMLA or ValueError when there is no such kernel."""
     _, query_len, heads, _ = data.q_BQNK.shape
     layout = CacheLayout(
         geometry=geometry_for(heads), format=format_of(data.cache_AGK.dtype), page_size=data.cache_AGK.shape[1]
     )
     problem = Problem(layout=layout, dtype=data.q_BQNK.dtype, max_query_len=query_len)
+    if batch_invariant:
+        longest = data.block_table_BM.shape[1] * layout.page_size
+        problem = dataclasses.replace(problem, split_tokens=split_for(layout.geometry), max_seq_len=longest)
     return MLAAttention(problem, device_of(data.cache_AGK), config, scale=data.scale, operations=("decode",))
 
 
@@ -117,7 +120,15 @@ def poisoned_memory() -> Iterator[None]:
         switch.fill_uninitialized_memory = fill
 
 
-def verify(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch.dtype, device: str = "cuda") -> None:
+def verify(
+    case: Case,
+    config: MLABackendConfig,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    batch_invariant: bool = False,
+) -> None:
     """Check our kernel, twice in the same scratch: a call may leave there what spoils the next.
 
     Raises BenchmarkError for a wrong answer, and when no kernel takes the case.
@@ -125,7 +136,7 @@ def verify(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch
     data = make_inputs(case, page_size=page_size, dtype=dtype, device=device)
     wanted = expected(data)
     try:
-        attention = attention_for(data, config)
+        attention = attention_for(data, config, batch_invariant=batch_invariant)
     except (UnsupportedMLA, ValueError) as error:
         raise BenchmarkError(f"case {case}: {error}") from None
     with poisoned_memory():
