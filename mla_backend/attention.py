@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
-from mla_backend.steps import DecodeStep, PrefillStep, TiledStep
+from mla_backend.steps import TILES_AT_ONCE, DecodeStep, PrefillStep, TiledStep
 from mla_kernels import Device, Problem, Selection, select, tensor_bytes
 
 # Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
@@ -70,10 +70,12 @@ class MLAAttention:
         return sum(tensor_bytes(shape, dtype) for shape, dtype in self.decode_workspace(max_requests))
 
     def decode_workspace(self, max_requests: int):
-        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
+        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests, and with fixed
+        splits for tiles of any number of them."""
         if max_requests not in self._workspaces:  # asked for in every layer and step
             make = self.chosen["decode"].kernel.load().workspace
-            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=max_requests)
+            most = max(max_requests, TILES_AT_ONCE) if self.problem.split_tokens else max_requests
+            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=most)
         return self._workspaces[max_requests]
 
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
