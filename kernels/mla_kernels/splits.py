@@ -141,6 +141,11 @@ def _merge_splits_kernel(
         tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, (top + tl.log2(total)) * LN_2)
 
 
+def merge_columns(requests: int, rows: int, latent: int) -> int:
+    """Columns of a query row that a program merges."""
+    return min(latent, 128) if requests * rows <= _FEW_TASKS else latent
+
+
 def merge_splits(
     out_TNL,
     lse_TN,
@@ -163,7 +168,7 @@ def merge_splits(
     """
     N, L = out_TNL.shape[1:]
     requests, rows = len(seq_lens_B), query_len * N
-    columns = min(L, 128) if requests * rows <= _FEW_TASKS else L
+    columns = merge_columns(requests, rows, L)
     starts = seq_lens_B if query_start_B1 is None else query_start_B1  # not read where all have as many
     _merge_splits_kernel[(rows, requests, L // columns)](
         out_TNL, lse_TN, part, part_lse, seq_lens_B, starts, query_len, turns.window, turn,

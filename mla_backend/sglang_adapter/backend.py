@@ -1,5 +1,6 @@
 """Attention of SGLang's MLA layers: translate the call, hand over to `MLAAttention`."""
 
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 
@@ -27,7 +28,7 @@ from mla_backend.sglang_adapter.problem import (
     make_problem,
     shares_cache,
 )
-from mla_backend.steps import DecodeStep, TiledStep
+from mla_backend.steps import DecodeStep, TiledStep, tile_tokens
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 from mla_backend.warmup import Traffic, warm_up
 
@@ -81,6 +82,8 @@ class SGLangMLABackend(AttentionBackend):
         """All that decodes in latent space here, and how many requests of its own a batch of `requests` is to it."""
         scale = self.problem.geometry.softmax_scale
         yield self._attention(scale=scale), requests
+        if self.problem.split_tokens:  # longer extends come in tiles, and trees are refused
+            return
         yield self._long_attention(scale=scale), requests
         if self._draft_tokens > 1:
             yield from self._tree_attention(scale=scale, tokens=self._draft_tokens).parts(requests)
@@ -88,16 +91,15 @@ class SGLangMLABackend(AttentionBackend):
     def _warm_up(self, requests: int, facts: Facts) -> str:
         """Compile and load what any batch can need, before SGLang captures graphs or serves."""
         where, page_size = self.req_to_token_pool.req_to_token.device, self.problem.layout.page_size
-        (short, _), (long, _), *tree = self._decoders(requests)
-        most = self.problem.max_query_len
-        traffic = Traffic(
-            max_requests=requests,
-            page_size=page_size,
-            uniform=sorted({1, self._draft_tokens}),
-            ragged=range(1, most + 1),
-        )
-        longer = Traffic(max_requests=requests, page_size=page_size, uniform=(), ragged=longer_extends(facts, most))
-        said = [warm_up(short, traffic, where, scratch=self._take(short, requests))]
+        (short, _), *others = self._decoders(requests)
+        most, scratch = self.problem.max_query_len, self._take(short, requests)
+        traffic = Traffic(max_requests=requests, page_size=page_size, uniform=sorted({1, self._draft_tokens}))
+        if self.problem.split_tokens:
+            traffic = replace(traffic, tiled=(tile_tokens(facts.heads),))
+            return warm_up(short, traffic, where, scratch=scratch, operations=("decode", "cache_write"))
+        (long, _), *tree = others
+        said = [warm_up(short, replace(traffic, ragged=range(1, most + 1)), where, scratch=scratch)]
+        longer = replace(traffic, uniform=(), ragged=longer_extends(facts, most))
         said.append(warm_up(long, longer, where, scratch=self._take(long, requests), operations=("decode",)))
         if drafts_trees(facts.arguments):
             merged = self.problem.geometry.kv_lora_rank

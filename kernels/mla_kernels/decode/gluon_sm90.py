@@ -26,7 +26,7 @@ from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE, Cache, gather_keys
 from mla_kernels.primitives import LOG2_E, decode_outputs, reaching_all, require_adjacent, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts, plan_size
-from mla_kernels.splits import merge_splits, prepare, reserved_rows, shapes
+from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
 # request. Buffers in shared memory end in _s.
@@ -38,7 +38,7 @@ _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
     do_not_specialize=[
         *("batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page", "turn", "window")
     ],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr"],
 )
 def _decode_kernel(
     k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table,
@@ -174,6 +174,8 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
 
     def forms(requests, query_len):
         rows = query_len * problem.geometry.num_heads
+        if problem.split_tokens:
+            return (merge_columns(requests, rows, LATENT.value),)
         return (merge_form(requests, _parts(rows, device), rows),)
 
     return reaching_all(forms, max_requests, query_lens)

@@ -28,7 +28,7 @@ from mla_kernels.primitives import (
     require_adjacent,
     scratch,
 )
-from mla_kernels.splits import merge_splits, prepare, reserved_rows, shapes
+from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
 from mla_kernels.triton_piece import answer, query_tokens
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
@@ -332,12 +332,14 @@ def run(
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
     """(requests, query tokens of each) of calls that between them take every form that kernels have for up to
     `max_requests` requests of any of `query_lens` tokens."""
-    layout, heads = problem.layout, problem.geometry.num_heads
+    layout, heads, latent = problem.layout, problem.geometry.num_heads, problem.geometry.kv_lora_rank
     sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
 
     def forms(requests, query_len):
-        columns = _merge_columns(problem.geometry.kv_lora_rank, requests * query_len * heads)
-        return (_tile(query_len * heads, *sizes), _batch_bucket(requests)), ("merge", columns)
+        rows = query_len * heads
+        if problem.split_tokens:  # tiles go by the heads alone
+            return ("splits", _batch_bucket(requests)), ("merge", merge_columns(requests, rows, latent))
+        return (_tile(rows, *sizes), _batch_bucket(requests)), ("merge", _merge_columns(latent, requests * rows))
 
     return reaching_all(forms, max_requests, query_lens)
 
