@@ -2,10 +2,10 @@
 
     python engine_runner.py SPEC.json RESULT.json
 
-SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}. Rounds run one
-after another on the same engine. RESULT: for each round and prompt the new tokens, their log-probabilities and how
-many prompt tokens came from the prefix cache; how often each of our kernels was called; vLLM's counters; what
-serving_watch.py saw.
+SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}, and perhaps
+"invariant_attention": true. Rounds run one after another on the same engine. RESULT: for each round and prompt the new
+tokens, their log-probabilities and how many prompt tokens came from the prefix cache; how often each of our kernels was
+called; vLLM's counters; what serving_watch.py saw.
 """
 
 import json
@@ -39,6 +39,8 @@ def main(spec_path: str, result_path: str) -> None:
         "kv_cache_memory_bytes": 64 << 20,
         "gpu_memory_utilization": 0.02,
     }
+    if spec.get("invariant_attention"):
+        _tell_our_adapter_alone()
     llm = LLM(**{**options, **spec["llm"]})
     watch.ready()
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)
@@ -48,6 +50,17 @@ def main(spec_path: str, result_path: str) -> None:
         rounds.append([_answer(a) for a in answers])
     result = {"rounds": rounds, "calls": _calls(), "metrics": _counters(llm), "watch": watch.seen()}
     pathlib.Path(result_path).write_text(json.dumps(result))
+
+
+def _tell_our_adapter_alone() -> None:
+    """Let our adapter see VLLM_BATCH_INVARIANT=1 and nobody else: on a CPU vLLM has no experts and no matrix products
+    for that mode, and does not start."""
+    from types import SimpleNamespace
+
+    from mla_backend.vllm_adapter import backend, metadata, prefill
+
+    for module in (backend, metadata, prefill):
+        module.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=True)
 
 
 def _answer(answer) -> dict:

@@ -81,14 +81,25 @@ class FailedRun:
 
 
 def run_engine(
-    folder: pathlib.Path, model, rounds, *, kernels="torch", env=None, fails=False, max_tokens=MAX_TOKENS, **llm
+    folder: pathlib.Path,
+    model,
+    rounds,
+    *,
+    kernels="torch",
+    env=None,
+    fails=False,
+    max_tokens=MAX_TOKENS,
+    invariant_attention=False,
+    **llm,
 ):
     """Run vLLM (engine_runner.py) with `folder` as its working directory. Returns an EngineRun, or a FailedRun if
     `fails`.
 
     rounds: batches of prompts (token ids), one after another.   llm: keyword arguments of vllm.LLM.
+    invariant_attention: tell our adapter alone that the engine is to be batch invariant.
     """
     spec = {"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}
+    spec["invariant_attention"] = invariant_attention
     return _run("engine_runner.py", folder, spec, env={**kernels_env(kernels), **(env or {})}, fails=fails)
 
 

@@ -21,6 +21,7 @@ from serving_watch import Watch
 PROBE = "kernel_calls_probe"
 CALLS_FILE, COMPILED_FILE = "MLA_TEST_CALLS_FILE", "MLA_TEST_COMPILED_FILE"
 PLAIN_OPERATIONS = "MLA_TEST_PLAIN_OPERATIONS"
+OPS_OF_THE_MODE = "MLA_TEST_BATCH_INVARIANT_OPS"  # "0": leave out SGLang's, which need an accelerator
 
 
 def register() -> None:
@@ -39,6 +40,10 @@ def register() -> None:
         return call(self, operation, *args, **kwargs)
 
     MLAAttention._call = noted
+    if os.environ.get(OPS_OF_THE_MODE) == "0":
+        from sglang.srt import batch_invariant_ops
+
+        batch_invariant_ops.enable_batch_invariant_mode = lambda: None
 
 
 def _note_compiled(kernel: list) -> None:

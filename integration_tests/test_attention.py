@@ -10,9 +10,10 @@ import torch
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import OPERATIONS, MLABackendConfig
-from mla_backend.steps import DecodeStep, PrefillStep
+from mla_backend.steps import TILES_AT_ONCE, DecodeStep, PrefillStep
 from mla_backend.vllm_adapter import compat
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of, reference
+from mla_kernels.splits import turns_of
 from mla_kernels.testing import TOLERANCE, assert_matches, make_pool
 
 GEOMETRY = MLAGeometry(num_heads=3, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=48)
@@ -176,3 +177,15 @@ def test_a_cache_without_scale_is_not_scaled():
 
 def test_only_what_is_asked_for_is_chosen():
     assert set(attention(("prefill",)).chosen) == {"prefill"}
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8], ids=["gluon_sm90", "triton_splitkv"])
+def test_scratch_of_a_small_server_is_enough_for_tiles(cache_dtype):
+    """Tiles are requests of their own: with room for the requests alone they would take thousands of turns."""
+    geometry = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    layout = CacheLayout(geometry=geometry, format=format_of(cache_dtype), page_size=64)
+    problem = Problem(layout=layout, dtype=torch.bfloat16, max_query_len=4, split_tokens=384, max_seq_len=131072)
+    one = MLAAttention(problem, Device("cuda", 90, "H200", 132), MLABackendConfig(), scale=1.0)
+    _, ((rows,), _) = one.decode_workspace(1)
+    assert one.decode_workspace(1) == one.decode_workspace(TILES_AT_ONCE)
+    assert turns_of(rows, 4 * 16, TILES_AT_ONCE, 131072, 384).count < 64

@@ -1,7 +1,9 @@
 """The benchmark's own arithmetic, checks and output. Nothing is timed here: that takes a GPU."""
 
+import inspect
 import math
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -69,6 +71,34 @@ def verify(config):
 
 def test_verify_accepts_our_kernel(config):
     verify(config)
+
+
+def test_verify_accepts_fixed_splits(config):
+    decode.verify(UNEVEN, config, page_size=PAGE, dtype=torch.float32, device="cpu", batch_invariant=True)
+
+
+def test_cost_of_invariance_is_a_ratio(monkeypatch, capsys, config):
+    """Every case is checked, and timed in both modes on the same inputs."""
+    from mla_backend.bench import invariance
+
+    splits = []
+
+    def timed(calls):
+        for call in calls:
+            splits.append(call.__closure__ and inspect.getclosurevars(call).nonlocals["attention"].problem.split_tokens)
+        return 10.0 if splits[-1] is None else 11.5
+
+    monkeypatch.setattr(invariance, "need_gpu", lambda: None)
+    monkeypatch.setattr(invariance, "machine", lambda: {"gpu": "none"})
+    monkeypatch.setattr(invariance, "input_sets", lambda nbytes: 1)
+    monkeypatch.setattr(invariance, "graph_us", timed)
+    monkeypatch.setattr(invariance, "DTYPE", torch.float32)
+    monkeypatch.setattr(invariance, "make_inputs", partial(decode.make_inputs, device="cpu"))
+    monkeypatch.setattr(invariance, "verify", partial(decode.verify, device="cpu"))
+    (row,) = invariance.run([UNEVEN], page_size=PAGE)
+    assert splits == [None, 256]
+    assert (row["ordinary_us"], row["invariant_us"], row["ratio"]) == (10.0, 11.5, 1.15)
+    assert "1.15 in geometric mean, 1.15 at worst" in capsys.readouterr().out
 
 
 def wrong_output(out, lse, call):

@@ -4,7 +4,7 @@ examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
   -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
-     -> hopper_decode, split_merge -> schedule -> hopper, primitives -> device, layout, geometry
+     -> hopper_decode, split_merge, splits, triton_piece -> schedule -> hopper, primitives -> device, layout, geometry
 """
 
 import ast
@@ -201,7 +201,10 @@ LEAVES = {
     "hopper": (),
     "schedule": ("hopper",),
     "split_merge": ("primitives",),
-    "hopper_decode": ("hopper", "primitives", "schedule"),
+    "splits": ("primitives",),
+    "triton_piece": ("primitives",),
+    "hopper_load": ("hopper", "schedule"),
+    "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_prefill": ("hopper", "primitives"),
 }
 

@@ -1,6 +1,7 @@
 """What attention allocates in a step is what `most_bytes` says."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.memory import most_bytes
-from mla_backend.steps import DecodeStep, PrefillStep, plan_context
+from mla_backend.steps import DecodeStep, PrefillStep, plan_context, tile_queries
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
 
 GEOMETRY = MLAGeometry(num_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
@@ -85,3 +86,15 @@ def test_decode(attention):
     peak = peak_of(attention, lambda: attention.decode(q_latent, q_rope, cache, step))
     said = most_bytes(attention.problem, tokens=0, decode_tokens=tokens, context_rows=0)
     assert 0.8 * said < peak <= said + 1024
+
+
+def test_tiled_decode(attention):
+    """A prompt in latent space: the output of all its tiles at once."""
+    problem = replace(attention.problem, max_query_len=16, split_tokens=64, max_seq_len=320)
+    attention = MLAAttention(problem, Device("cpu"), MLABackendConfig(), scale=0.1)
+    q_latent, q_rope = torch.zeros(300, 4, GEOMETRY.kv_lora_rank), torch.zeros(300, 4, GEOMETRY.qk_rope_head_dim)
+    table, lens = torch.zeros(1, 20, dtype=torch.int32), torch.tensor([300], dtype=torch.int32)
+    step = tile_queries([300], table, lens, tokens_of_tile=16)
+    peak = peak_of(attention, lambda: attention.decode(q_latent, q_rope, torch.zeros(LAYOUT.shape(1)), step))
+    said = most_bytes(problem, tokens=0, decode_tokens=300, context_rows=0)
+    assert 0.8 * said < peak <= said + LAYOUT.page_bytes + 1024

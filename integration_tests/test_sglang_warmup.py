@@ -5,8 +5,11 @@ import pytest
 import torch
 from harness import run_sglang, varied_rounds
 from serving_watch import FORGET, STAND_IN
+from sglang_runner import OPS_OF_THE_MODE
 
 pytest.importorskip("sglang")
+
+DETERMINISTIC = {"enable_deterministic_inference": True}
 
 
 @pytest.mark.parametrize(
@@ -15,15 +18,19 @@ pytest.importorskip("sglang")
         ("H200", {}),
         ("H200", {"page_size": 64}),
         ("A100", {"page_size": 16, "kv_cache_dtype": "fp8_e4m3"}),
+        ("H200", DETERMINISTIC),
+        ("A100", {"page_size": 16, **DETERMINISTIC}),
     ],
-    ids=["hopper", "hopper-pages", "ampere-fp8"],
+    ids=["hopper", "hopper-pages", "ampere-fp8", "hopper-deterministic", "ampere-deterministic"],
 )
 def test_nothing_is_compiled_while_serving(tmp_path, checkpoints, device, options):
-    options |= {"dtype": "bfloat16", "chunked_prefill_size": 256}
-    run = run_sglang(tmp_path, checkpoints(), varied_rounds(8), env={STAND_IN: device}, **options)
+    options = {"dtype": "bfloat16", "chunked_prefill_size": 256, **options}
+    env = {STAND_IN: device, OPS_OF_THE_MODE: "0"}
+    run = run_sglang(tmp_path, checkpoints(), varied_rounds(8), env=env, **options)
     assert run.watch["early"] > 0
     assert run.watch["late"] == []
-    assert {name.split(":")[0] for name in run.calls} >= {"decode", "prefill", "cache_write"}
+    others = {"prefill"} if "enable_deterministic_inference" not in options else set()
+    assert {name.split(":")[0] for name in run.calls} >= {"decode", "cache_write", *others}
     assert "calls took every form of the kernels" in run.log
 
 

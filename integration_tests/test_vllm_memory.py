@@ -14,10 +14,10 @@ from mla_backend.vllm_adapter.impl import MLAImpl
 from mla_kernels import CacheLayout, MLAGeometry, Problem, format_of
 
 
-def problem(heads: int) -> Problem:
+def problem(heads: int, **splits) -> Problem:
     geometry = MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     layout = CacheLayout(geometry=geometry, format=format_of(torch.bfloat16), page_size=64)
-    return Problem(layout=layout, dtype=torch.bfloat16)
+    return Problem(layout=layout, dtype=torch.bfloat16, **splits)
 
 
 def server(tokens=8192, requests=256, context=131072, page=64):
@@ -42,6 +42,14 @@ def test_a_step_of_a_small_server_fits_too(context):
     small = server(tokens=1024, requests=16, context=context)
     assert memory.context_rows(small) <= CONTEXT_ROWS
     assert memory.step_bytes(small, problem(16)) <= memory.profiled_bytes(small, problem(16))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_batch_invariant_step_takes_queries_and_outputs_of_all_tokens(heads):
+    invariant = problem(heads, split_tokens=1024, max_seq_len=131072)
+    latent, lse, gathered = 8192 * heads * 512 * 2, 8192 * heads * 4, CONTEXT_ROWS * 576 * 2
+    assert memory.step_bytes(server(), invariant) == 2 * latent + lse + gathered
+    assert memory.step_bytes(server(), invariant) <= memory.profiled_bytes(server(), invariant)
 
 
 def test_a_step_that_does_not_fit_is_known():

@@ -14,9 +14,9 @@ THRESHOLD = 4
 
 
 def decode_step(query_start: list[int], num_decode_tokens: int):
-    """What `_build_decode` makes of a batch; the builder's own state beside its threshold is not needed."""
+    """What `_build_decode` makes of a batch; the builder's own state beside a threshold is not needed."""
     builder = object.__new__(MLAMetadataBuilder)
-    builder.reorder_batch_threshold = THRESHOLD
+    builder._most_untiled = THRESHOLD
     starts = torch.tensor(query_start, dtype=torch.int32)
     batch = len(query_start) - 1
     return builder._build_decode(

@@ -16,8 +16,10 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
         ("H200", {"dtype": "bfloat16", "speculative_config": NGRAM}),
         ("H200", {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "block_size": 16}),
         ("A100", {"dtype": "bfloat16", "speculative_config": NGRAM}),
+        ("H200", {"dtype": "bfloat16", "invariant_attention": True}),
+        ("A100", {"dtype": "bfloat16", "speculative_config": NGRAM, "invariant_attention": True}),
     ],
-    ids=["hopper", "hopper-ngram", "fp8", "ampere-ngram"],
+    ids=["hopper", "hopper-ngram", "fp8", "ampere-ngram", "hopper-invariant", "ampere-ngram-invariant"],
 )
 def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options):
     run = engine(
@@ -32,7 +34,8 @@ def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options)
     )
     assert run.watch["early"] > 0
     assert run.watch["late"] == []
-    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather", "merge"}
+    others = {"prefill", "cache_gather", "merge"} if "invariant_attention" not in options else set()
+    assert {name.split(":")[0] for name in run.calls} == {"decode", "cache_write", *others}
     assert "calls took every form of the kernels" in run.log
 
 

@@ -25,6 +25,7 @@ def lines(device: str, *options: str, **changes) -> list[dict]:
 
 SPECULATION = {"uniform": [1, 2, 3, 4], "ragged": [4]}
 FP8 = {"cache_dtype": "float8_e4m3fn"}
+SPLITS = {"split_tokens": 256, "tiled": [4]}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,10 @@ FP8 = {"cache_dtype": "float8_e4m3fn"}
         ("A100", {"heads": 5, **SPECULATION}),
         ("A100", {"latent": 256, "rope": 32, "heads": 40}),
         ("RTX 3090", {"page_size": 16, **FP8}),
+        ("H200", SPLITS),
+        ("H200", {"heads": 5, "page_size": 1, "max_requests": 20, **SPECULATION, **SPLITS}),
+        ("H200", {**FP8, **SPLITS}),
+        ("A100", {"heads": 5, "max_requests": 20, **SPECULATION, **SPLITS}),
     ],
 )
 def test_no_batch_compiles_anything_after_the_warm_up(device, changes):
@@ -48,9 +53,10 @@ def test_no_batch_compiles_anything_after_the_warm_up(device, changes):
 
 
 @pytest.mark.parametrize("device", ["H200", "A100"])
-def test_a_call_left_out_of_the_warm_up_is_missed(device):
+@pytest.mark.parametrize("changes", [{"ragged": [2]}, {"ragged": [], **SPLITS}], ids=["cut anywhere", "splits"])
+def test_a_call_left_out_of_the_warm_up_is_missed(device, changes):
     """So the test above can fail, and no call is for nothing."""
-    for line in lines(device, "--forget", uniform=[1, 2], ragged=[2], max_requests=20):
+    for line in lines(device, "--forget", uniform=[1, 2], max_requests=20, **changes):
         assert line["late"], f"without one call for {line['forgotten']} nothing is missed"
 
 

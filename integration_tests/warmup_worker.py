@@ -25,6 +25,8 @@ SPEC = {
     "max_requests": 300,
     "uniform": [1],
     "ragged": [1],
+    "tiled": [],
+    "split_tokens": None,
 }
 
 
@@ -46,8 +48,13 @@ class Server:
         )
         self.dtype, cache_dtype = getattr(torch, spec["dtype"]), getattr(torch, spec["cache_dtype"])
         layout = CacheLayout(geometry=self.geometry, format=format_of(cache_dtype), page_size=spec["page_size"])
-        most = max(spec["uniform"] + spec["ragged"])
-        problem = Problem(layout=layout, dtype=self.dtype, max_query_len=most)
+        problem = Problem(
+            layout=layout,
+            dtype=self.dtype,
+            max_query_len=max(spec["uniform"] + spec["ragged"] + spec["tiled"]),
+            split_tokens=spec["split_tokens"],
+            max_seq_len=40 * spec["page_size"],
+        )
         self.attention = MLAAttention(problem, DEVICES[device], MLABackendConfig(), scale=0.1)
         self.cache_AGK = torch.zeros(layout.shape(5), dtype=cache_dtype)
         self.cache_scale = torch.ones(()) if layout.format.scaled else None
@@ -65,6 +72,7 @@ class Server:
             page_size=self.spec["page_size"],
             uniform=self.spec["uniform"],
             ragged=self.spec["ragged"],
+            tiled=self.spec["tiled"],
         )
         return warmup.calls(self.attention, traffic, torch.device("cpu"), self.scratch, self.cache_scale is not None)
 
@@ -74,6 +82,9 @@ class Server:
                 self._decode(requests, query_len, requests * query_len)
             for query_len in self.spec["ragged"]:
                 self._decode(requests, query_len, requests, ragged=True)
+        for tokens_of_tile in self.spec["tiled"]:
+            for tiles in (*range(1, 24), *range(24, 270, 15), 270):
+                self._decode_tiles(tiles, tokens_of_tile)
         for new, old in (([1], [0]), ([1, 1], [1, 0]), ([16], [16]), ([15, 3], [40, 0]), ([100, 17, 1], [5, 33, 64])):
             self._prefill(new, old)
 
@@ -85,14 +96,27 @@ class Server:
     def _decode(self, requests: int, query_len: int, tokens: int, ragged: bool = False) -> None:
         from mla_backend.steps import DecodeStep
 
-        heads, nope = self.geometry.num_heads, self.geometry.qk_nope_head_dim
-        absorbed_NTL = torch.zeros(heads, tokens, self.geometry.kv_lora_rank, dtype=self.dtype)  # a product per head
         step = DecodeStep(
             block_table_BM=self._ints(requests, self._rng.randrange(1, 40)),
             seq_lens_B=self._ints(requests),
             query_len=query_len,
             query_start_B1=self._ints(requests + 1) if ragged else None,
         )
+        self._attend_latent(tokens, step)
+
+    def _decode_tiles(self, tiles: int, tokens_of_tile: int) -> None:
+        """Two prompts, whose last tiles are seldom full."""
+        from mla_backend.steps import tile_queries
+
+        lens = [self._rng.randrange(1, 4)]
+        lens.append(max(1, (tiles - 1) * tokens_of_tile - self._rng.randrange(tokens_of_tile)))
+        table_BM = self._ints(2, self._rng.randrange(1, 40))
+        step = tile_queries(lens, table_BM, self._ints(2), tokens_of_tile=tokens_of_tile)
+        self._attend_latent(sum(lens), step)
+
+    def _attend_latent(self, tokens: int, step) -> None:
+        heads, nope = self.geometry.num_heads, self.geometry.qk_nope_head_dim
+        absorbed_NTL = torch.zeros(heads, tokens, self.geometry.kv_lora_rank, dtype=self.dtype)  # a product per head
         self.attention.decode(
             absorbed_NTL.transpose(0, 1),
             torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)[..., nope:],

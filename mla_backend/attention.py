@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
-from mla_backend.steps import DecodeStep, PrefillStep
+from mla_backend.steps import TILES_AT_ONCE, DecodeStep, PrefillStep, TiledStep
 from mla_kernels import Device, Problem, Selection, select, tensor_bytes
 
 # Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
@@ -58,20 +58,24 @@ class MLAAttention:
             for name, reasons in one.refused.items():
                 refused.setdefault(", ".join(reasons), []).append(name)
         why_not = "".join(f"; refused {', '.join(names)}: {reason}" for reason, names in refused.items())
+        split = self.problem.split_tokens
+        splits = f"; batch invariant, in splits of {split} tokens" if split else ""
         return (
             f"{kernels}{why_not}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
             f"{layout.row_bytes} bytes a token and layer; "
-            f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode"
+            f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode{splits}"
         )
 
     def _scratch_bytes(self, max_requests: int) -> int:
         return sum(tensor_bytes(shape, dtype) for shape, dtype in self.decode_workspace(max_requests))
 
     def decode_workspace(self, max_requests: int):
-        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests."""
+        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests, and with fixed
+        splits for tiles of any number of them."""
         if max_requests not in self._workspaces:  # asked for in every layer and step
             make = self.chosen["decode"].kernel.load().workspace
-            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=max_requests)
+            most = max(max_requests, TILES_AT_ONCE) if self.problem.split_tokens else max_requests
+            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=most)
         return self._workspaces[max_requests]
 
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
@@ -83,8 +87,21 @@ class MLAAttention:
     def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None) -> None:
         self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T, **self._scaled(cache_scale))
 
-    def decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, *, workspace=None, cache_scale=None):
+    def decode(
+        self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep | TiledStep, *, workspace=None, cache_scale=None
+    ):
         """Absorbed attention. Returns out_TNL in the queries' dtype and float32 natural-log lse_TN."""
+        if isinstance(step, DecodeStep):
+            return self._decode(q_latent_TNL, q_rope_TNR, cache_AGK, step, workspace, cache_scale)
+        out_TNL = q_latent_TNL.new_zeros(q_latent_TNL.shape)  # rows that pad a batch belong to no tile
+        lse_TN = q_latent_TNL.new_full(q_latent_TNL.shape[:2], -torch.inf, dtype=torch.float32)
+        for mine, part in step.parts:
+            into = {"out_TNL": out_TNL[mine], "lse_TN": lse_TN[mine]}
+            self._decode(q_latent_TNL[mine], q_rope_TNR[mine], cache_AGK, part, workspace, cache_scale, **into)
+        return out_TNL, lse_TN
+
+    def _decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, workspace, cache_scale, **outputs):
+        split = self.problem.split_tokens
         return self._call(
             "decode",
             q_latent_TNL,
@@ -96,7 +113,9 @@ class MLAAttention:
             query_len=step.query_len,
             query_start_B1=step.query_start_B1,
             workspace=workspace,
+            **({"split_tokens": split} if split else {}),
             **self._scaled(cache_scale),
+            **outputs,
         )
 
     def gather(

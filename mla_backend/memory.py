@@ -10,7 +10,7 @@ CONTEXT_ROWS = 16384  # cached rows that are expanded at a time: 1 GiB for 128 h
 def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_rows: int) -> int:
     """Bytes that a layer needs at once in any step, without decode scratch and without the output of the layer.
 
-    tokens, decode_tokens: most tokens of a step, and most of them that go to decode.
+    tokens, decode_tokens: most tokens of a step that go to prefill, none if none ever do, and most that go to decode.
     context_rows: cached rows that are gathered and expanded at a time; the buffer for gathered ones stays.
     """
     geometry, dtype = problem.geometry, problem.dtype
@@ -28,4 +28,5 @@ def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_row
     context = expanded(context_rows) + tensor_bytes((context_rows, latent), dtype)
     context += tensor_bytes((tokens, heads, value), dtype) + 2 * lse(tokens)
     decode = tensor_bytes((decode_tokens, heads, latent), dtype) + lse(decode_tokens)
-    return gathered + max(new, context, decode)
+    prefill = max(new, context) if tokens else 0
+    return gathered + max(prefill, decode)

@@ -32,6 +32,18 @@ class DecodeStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TiledStep:
+    """Requests with any number of query tokens that attend in latent space, a few tokens at a time.
+
+    parts: which of the step's query tokens, and the decode step of their tiles: each tile stands for a request whose
+    last tokens it has, so that it sees the keys that its tokens see.  num_queries: query tokens of the step.
+    """
+
+    parts: tuple[tuple[slice, DecodeStep], ...]
+    num_queries: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextChunk:
     """A slice of cached context of neighbouring prefill requests, small enough to expand at once.
 
@@ -65,6 +77,46 @@ class PrefillStep:
     block_table_BM: torch.Tensor
     chunks: tuple[ContextChunk, ...] = ()
     gather_buffer_SK: torch.Tensor | None = None
+
+
+TILE_ROWS = 64  # query rows of a tile: what the largest matrix instruction takes
+TILES_AT_ONCE = 256
+
+
+def tile_tokens(num_heads: int) -> int:
+    """Query tokens of a tile."""
+    return max(1, TILE_ROWS // num_heads)
+
+
+def tile_queries(
+    query_lens: Sequence[int], block_table_BM: torch.Tensor, seq_lens_B: torch.Tensor, *, tokens_of_tile: int
+) -> TiledStep:
+    """Cut the query tokens of a batch into tiles, which see no more keys than they must.
+
+    query_lens: of each request, known to the host.  block_table_BM, seq_lens_B: int32, on the device.
+    """
+    tiles = [
+        (request, min(tokens_of_tile, tokens - first), max(tokens - first - tokens_of_tile, 0))
+        for request, tokens in enumerate(query_lens)
+        for first in range(0, tokens, tokens_of_tile)
+    ]
+    parts, first_token = [], 0
+    for begin in range(0, len(tiles), TILES_AT_ONCE):
+        requests, counts, behind = zip(*tiles[begin : begin + TILES_AT_ONCE], strict=True)
+        # One copy to the device for all three.
+        numbers = torch.tensor([*requests, *behind, 0, *accumulate(counts)], dtype=torch.int32)
+        numbers = numbers.to(seq_lens_B.device, non_blocking=True)
+        request_B, behind_B, query_start_B1 = numbers.split([len(counts), len(counts), len(counts) + 1])
+        step = DecodeStep(
+            block_table_BM=block_table_BM.index_select(0, request_B),
+            seq_lens_B=seq_lens_B.index_select(0, request_B) - behind_B,
+            query_len=tokens_of_tile,
+            query_start_B1=query_start_B1,
+        )
+        end = first_token + sum(counts)
+        parts.append((slice(first_token, end), step))
+        first_token = end
+    return TiledStep(parts=tuple(parts), num_queries=first_token)
 
 
 def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], context_lens: Sequence[int]) -> bool:

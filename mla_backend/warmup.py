@@ -14,7 +14,7 @@ import torch
 
 from mla_backend.attention import CALLS, MLAAttention
 from mla_backend.config import OPERATIONS
-from mla_backend.steps import DecodeStep
+from mla_backend.steps import TILES_AT_ONCE, DecodeStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Traffic:
 
     max_requests: of a decode call.
     uniform: query tokens that all requests of a decode call can have.  ragged: the most that one of them can have
-        where they have uneven numbers.
+        where they have uneven numbers.  tiled: query tokens of the tiles that longer ones are cut into, if they are.
     page_size: tokens of a page of the cache.  slots: dtype of the slots that are written to.
     merged: width of outputs that are merged; None is that of values.
     """
@@ -32,6 +32,7 @@ class Traffic:
     page_size: int
     uniform: Sequence[int] = (1,)
     ragged: Sequence[int] = ()
+    tiled: Sequence[int] = ()
     slots: torch.dtype = torch.int64
     merged: int | None = None
 
@@ -73,8 +74,10 @@ def calls(attention: MLAAttention, traffic: Traffic, where: torch.device, scratc
     listed += [("prefill", partial(tensors.prefill, causal)) for causal in (True, False)]
     listed = [(operation, call) for operation, call in listed if operation in attention.chosen]
     if "decode" in attention.chosen:
-        for ragged, query_lens in ((False, traffic.uniform), (True, traffic.ragged)):
-            for requests, query_len in attention.decode_variants(traffic.max_requests, query_lens):
+        most = traffic.max_requests
+        batches = (False, most, traffic.uniform), (True, most, traffic.ragged), (True, TILES_AT_ONCE, traffic.tiled)
+        for ragged, most_requests, query_lens in batches:
+            for requests, query_len in attention.decode_variants(most_requests, query_lens):
                 listed.append(("decode", partial(tensors.decode, requests, query_len, ragged, scratch, scale)))
     return listed
 

@@ -9,7 +9,7 @@ from mla_kernels.cache_layout import (
     tensor_bytes,
 )
 from mla_kernels.device import Device, device_of
-from mla_kernels.dispatch import OPERATIONS, Kernel, Problem, Selection, UnsupportedMLA, select
+from mla_kernels.dispatch import OPERATIONS, Kernel, Problem, Selection, UnsupportedMLA, select, split_for
 from mla_kernels.geometry import MLAGeometry
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "expanded_bytes_per_token",
     "format_of",
     "select",
+    "split_for",
     "tensor_bytes",
 ]

@@ -1,5 +1,6 @@
 """Pick the kernel for a problem on a device; say why when there is none."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,6 +11,8 @@ import torch
 from mla_kernels.cache_layout import CacheLayout
 from mla_kernels.device import Device
 from mla_kernels.geometry import MLAGeometry
+
+SPLIT_UNIT = 64  # tokens; the largest tile of any decode kernel, so that none crosses a cut
 
 
 class UnsupportedMLA(NotImplementedError):
@@ -23,11 +26,26 @@ class Problem:
     layout: geometry, cache format and page size.
     dtype: of queries, new keys and values, and outputs.
     max_query_len: most query tokens a request brings to decode (1 without speculative decoding).
+    split_tokens: cut every request's cache at multiples of so many tokens in decode. Then an answer has the same bits
+        whatever else is in the batch and however many query tokens share a call (reference.decode says what that
+        promises). None: cut where it is fastest.
+    max_seq_len: most cached tokens of a request; with `split_tokens` alone, whose scratch depends on it.
+    Raises ValueError for splits that no kernel could take.
     """
 
     layout: CacheLayout
     dtype: torch.dtype
     max_query_len: int = 1
+    split_tokens: int | None = None
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.split_tokens is None:
+            return
+        if self.split_tokens < 1 or self.split_tokens % SPLIT_UNIT:
+            raise ValueError(f"split_tokens must be a positive multiple of {SPLIT_UNIT}, got {self.split_tokens}")
+        if not self.max_seq_len or self.max_seq_len < 1:
+            raise ValueError(f"split_tokens needs a positive max_seq_len beside it, got {self.max_seq_len}")
 
     @property
     def geometry(self) -> MLAGeometry:
@@ -37,7 +55,18 @@ class Problem:
         return (
             f"{self.geometry}; {self.dtype} queries, {self.layout.format.name} cache, "
             f"pages of {self.layout.page_size}, up to {self.max_query_len} query tokens"
+            + (f", splits of {self.split_tokens} tokens" if self.split_tokens else "")
         )
+
+
+def split_for(geometry: MLAGeometry) -> int:
+    """Tokens of a split that suits a model, by its heads alone: the bits of an answer depend on it.
+
+    A request of n tokens occupies n / split programs and leaves that many partial answers, of 4 KiB a head, to write
+    and read again. The first wants small splits, the second large ones, the larger the more heads: a square root.
+    16 heads take 384 tokens, whose partial answers are 15 % of their cache's bytes; 128 heads 1024.
+    """
+    return SPLIT_UNIT * max(4, math.isqrt(9 * geometry.num_heads // 4))
 
 
 @dataclass(frozen=True, kw_only=True)

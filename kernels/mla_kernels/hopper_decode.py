@@ -1,4 +1,4 @@
-"""The roles of the Hopper decode kernel: who copies cache rows, who takes the softmax, who adds up values.
+"""The roles of the Hopper decode kernel: who takes the softmax, who adds up values (who copies rows: hopper_load.py).
 
 All loop over the part's pieces of requests in the same order (schedule.py) and meet at barriers only:
 
@@ -21,12 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import barrier, cp_async, ring, tma_load
+from mla_kernels.hopper import barrier, cp_async, ring
+from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE
 from mla_kernels.primitives import LN_2
-from mla_kernels.schedule import BLOCK, piece
+from mla_kernels.schedule import BLOCK, first_slot, piece
 
-ROWS = gl.constexpr(64)  # of a query tile: what one matrix instruction takes
-LATENT, HALF, TILE = gl.constexpr(512), gl.constexpr(256), gl.constexpr(64)  # columns: of a row, a buffer, a TMA box
 # The accumulators' layout, but with four neighbouring columns in a thread: threads of a quad exchange what they hold.
 WIDE = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -58,97 +57,6 @@ class Shared(NamedTuple):
     last_empty: object
 
 
-class Cache(NamedTuple):
-    """The paged cache: as a TMA descriptor of rows, or as a pointer with strides in 16 bytes."""
-
-    desc: object
-    page_rows: object
-    ptr: object
-    stride8_page: object
-    stride8_token: object
-    table_ptr: object
-    stride_table: object
-
-
-@gluon.jit
-def _load_block(b, page, block, seq_len, table, cache, smem, R: gl.constexpr, PAGE: gl.constexpr):
-    """Copy a block's cache rows by TMA, once its two halves are free."""
-    BOX: gl.constexpr = min(PAGE, 64)
-    BOXES: gl.constexpr = 64 // min(PAGE, 64)
-    stage, phase, _ = ring(block)
-    for half in gl.static_range(2):
-        ready = smem.k_full.index(2 * stage + half)
-        mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
-        mbarrier.expect(ready, 64 * 256 * 2 + (64 * 64 * 2 if half == 1 and R > 0 else 0))
-        for u in gl.static_range(BOXES):
-            row = page * cache.page_rows + (b * BLOCK) % PAGE
-            if BOXES > 1:  # pages past the end are nobody's: take one that is there
-                row = gl.load(table + gl.minimum(b * BLOCK + u * BOX, seq_len - 1) // PAGE) * cache.page_rows
-            for c in gl.static_range(4):
-                target = smem.k.index(2 * stage + half).slice(c * TILE, TILE, dim=1)
-                if BOXES > 1:
-                    target = target.slice(u * BOX, BOX, dim=0)
-                tma_load(cache.desc, [row, half * HALF + c * TILE], ready, target)
-            if half == 1 and R > 0:
-                target = smem.k_rope.index(stage)
-                if BOXES > 1:
-                    target = target.slice(u * BOX, BOX, dim=0)
-                tma_load(cache.desc, [row, LATENT], ready, target)
-
-
-@gluon.jit
-def load_keys(
-    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-):  # fmt: skip
-    """One warp: cache rows of every block into the buffers, by TMA."""
-    shared, lengths = work
-    row0 = gl.program_id(0) * ROWS
-    block = 0
-    for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED)
-        table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
-        if begin < end:
-            # Page numbers are read two blocks ahead: nothing below waits for them.
-            page0 = gl.load(table + begin * BLOCK // PAGE)
-            page1 = gl.load(table + gl.minimum(begin + 1, end - 1) * BLOCK // PAGE)
-            for b in range(begin, end):
-                page2 = gl.load(table + gl.minimum(b + 2, end - 1) * BLOCK // PAGE)
-                _load_block(b, page0, block, seq_len, table, cache, smem, R, PAGE)
-                page0 = page1
-                page1 = page2
-                block += 1
-
-
-@gluon.jit
-def gather_keys(
-    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-):  # fmt: skip
-    """Four warps: the same row by row, for pages that no TMA box fits."""
-    shared, lengths = work
-    row0 = gl.program_id(0) * ROWS
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    t = gl.arange(0, BLOCK, gl.SliceLayout(1, lay))
-    c = gl.arange(0, HALF, gl.SliceLayout(0, lay))
-    r = gl.arange(0, TILE, gl.SliceLayout(0, lay))
-    block = 0
-    for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED)
-        table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
-        for b in range(begin, end):
-            position = b * BLOCK + t
-            real = position < seq_len
-            page = gl.load(table + position // PAGE, mask=real, other=0).to(gl.int64)
-            row = cache.ptr + (page * cache.stride8_page + (position % PAGE) * cache.stride8_token) * 8
-            stage, phase, _ = ring(block)
-            for half in gl.static_range(2):
-                mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
-                cp_async(smem.k.index(2 * stage + half), row[:, None] + (half * HALF + c)[None, :], mask=real[:, None])
-                if half == 1 and R > 0:
-                    cp_async(smem.k_rope.index(stage), row[:, None] + (LATENT + r)[None, :], mask=real[:, None])
-                async_copy.mbarrier_arrive(smem.k_full.index(2 * stage + half), increment_count=False)
-            block += 1
-
-
 @gluon.jit
 def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying columns column .. column + WIDTH - 1 of a tile's query rows."""
@@ -167,9 +75,23 @@ def _quad_sums(x):
 
 
 @gluon.jit
+def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
+    """Softmax weights of a tile's scores.
+
+    With fixed splits multiply and subtract are one instruction by name. Otherwise the compiler fuses them in one of the
+    two places that need weights and not in the other, and whether a row goes through the other is up to all rows.
+    """
+    if SPLIT > 0:  # noqa: SIM108 (a condition at compile time)
+        weight = gl.exp2(gl.fma(s, scale_log2, -top[:, None]))
+    else:
+        weight = gl.exp2(s * scale_log2 - top[:, None])
+    return weight
+
+
+@gluon.jit
 def _attend_block(
     b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem,
-    R: gl.constexpr, GATHER: gl.constexpr,
+    R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
 
@@ -192,7 +114,7 @@ def _attend_block(
     if (b + 1) * BLOCK > all_see:
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, s_lay))
         s = gl.where(position[None, :] <= sees[:, None], s, float("-inf"))
-    weight = gl.exp2(s * scale_log2 - top[:, None])
+    weight = _weights(s, scale_log2, top, SPLIT)
     sums = _quad_sums(weight)
     high = gl.max(s, 1) * scale_log2
     grows = high > top + LAZY
@@ -202,7 +124,7 @@ def _attend_block(
     if grew > 0:
         new_top = gl.where(grows, high, top)
         rescale = gl.exp2(top - new_top)
-        weight = gl.exp2(s * scale_log2 - new_top[:, None])
+        weight = _weights(s, scale_log2, new_top, SPLIT)
         sums = _quad_sums(weight)
         total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
         top = new_top
@@ -215,13 +137,43 @@ def _attend_block(
 
 
 @gluon.jit
+def _attend_piece(
+    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s, q_rope, token, row0, rows, lse, smem,
+    N: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks and pieces were done."""
+    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
+    i = gl.arange(0, ROWS, row_lay)
+    top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
+    total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
+    for b in range(begin, end):
+        top, total = _attend_block(b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER, SPLIT)
+        block += 1
+    sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
+    safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
+    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+    smem.last.store(1.0 / safe)
+    mbarrier.arrive(smem.last_full, count=1)
+    pieces += 1
+    row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
+    if slot < 0:
+        r = token * N + row0 + i
+        at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
+        gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
+    else:
+        gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
+    return block, pieces
+
+
+@gluon.jit
 def attend(
     q, lse, scale_log2, work, smem,
-    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
-    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -229,9 +181,10 @@ def attend(
     i = gl.arange(0, ROWS, row_lay)
     block = 0
     pieces = 0
+    line = first_slot(shared, SPLIT)
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, token, tokens, rows, slot = piece(
-            request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
+        begin, end, seq_len, token, tokens, rows, slot, line = piece(
+            request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
             for half in gl.static_range(2):
@@ -245,26 +198,18 @@ def attend(
             q_rope = q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
             all_see = seq_len - tokens + 1
             sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
-            top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
-            total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
-            for b in range(begin, end):
-                top, total = _attend_block(
-                    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER
-                )
-                block += 1
-            sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
-            safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
-            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-            smem.last.store(1.0 / safe)
-            mbarrier.arrive(smem.last_full, count=1)
-            pieces += 1
-            row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
-            if slot < 0:
-                r = token * N + row0 + i
-                at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
-                gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
+            if SPLIT > 0:
+                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
+                    block, pieces = _attend_piece(
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, scale_log2, q_s,
+                        q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                    )  # fmt: skip
+                    slot += 1
             else:
-                gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
+                block, pieces = _attend_piece(
+                    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s,
+                    q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -320,34 +265,57 @@ def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, LAY
 
 
 @gluon.jit
-def accumulate(out, work, smem, N: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr):
-    """Two warpgroups: weights times values. Each holds 128 columns of either half of the output."""
+def _accumulate_piece(
+    begin, end, slot, block, pieces, seq_len, token, row0, rows, out, smem,
+    N: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Blocks `begin` to `end` from a fresh start, and their outputs. Returns how many blocks and pieces were done."""
     out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
-    shared, lengths = work
-    row0 = gl.program_id(0) * ROWS
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, o_lay)
+    acc0 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
+    acc1 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
+    for b in range(begin, end):
+        acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
+        block += 1
+    mbarrier.wait(smem.last_full, pieces & 1)
+    last = smem.last.load(row_lay)[:, None]
+    mbarrier.arrive(smem.last_empty, count=1)
+    pieces += 1
+    acc0 = acc0 * last
+    acc1 = acc1 * last
+    if slot < 0:
+        _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
+        _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
+    else:
+        _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)
+        _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)
+    return block, pieces
+
+
+@gluon.jit
+def accumulate(
+    out, work, smem, N: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr
+):  # fmt: skip
+    """Two warpgroups: weights times values. Each holds 128 columns of either half of the output."""
+    shared, lengths = work
+    row0 = gl.program_id(0) * ROWS
     block = 0
     pieces = 0
+    line = first_slot(shared, SPLIT)
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, token, _, rows, slot = piece(
-            request, shared, lengths, gl.program_id(1), row0, N, ROWS, RAGGED
+        begin, end, seq_len, token, _, rows, slot, line = piece(
+            request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
-            acc0 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
-            acc1 = gl.zeros([ROWS, HALF], gl.float32, o_lay)
-            for b in range(begin, end):
-                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
-                block += 1
-            mbarrier.wait(smem.last_full, pieces & 1)
-            last = smem.last.load(row_lay)[:, None]
-            mbarrier.arrive(smem.last_empty, count=1)
-            pieces += 1
-            acc0 = acc0 * last
-            acc1 = acc1 * last
-            if slot < 0:
-                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
-                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, WIDE)
+            if SPLIT > 0:
+                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):
+                    block, pieces = _accumulate_piece(
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, seq_len, token, row0, rows, out,
+                        smem, N, GATHER,
+                    )  # fmt: skip
+                    slot += 1
             else:
-                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)
-                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, o_lay)
+                block, pieces = _accumulate_piece(
+                    begin, end, slot, block, pieces, seq_len, token, row0, rows, out, smem, N, GATHER
+                )

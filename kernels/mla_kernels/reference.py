@@ -71,6 +71,7 @@ def decode(
     query_len=1,
     query_start_B1=None,
     cache_scale=None,
+    split_tokens=None,
 ):
     """Absorbed attention over the paged latent cache (DeepSeek-V2, arXiv 2405.04434, eq. 9-19 and appendix C).
 
@@ -79,6 +80,10 @@ def decode(
     seq_lens_B: cached tokens of each request, its query tokens included.
     query_len: query tokens of every request, or the most of any when `query_start_B1` says where each begins.
     cache_scale: of an fp8 cache, one float32 in a tensor on its device, or None.
+    split_tokens: where kernels cut the sum over keys, at multiples of so many tokens, each piece summed up from a fresh
+        start and the pieces in their order. It changes no value beyond rounding (here none), and promises bits: those
+        of a query row depend on that query, the keys it sees and the arguments that are no tensors, less `query_len`;
+        not on other requests, nor on the request's other query tokens, later keys, pages or place in the batch.
     Returns out_TNL in the query's dtype and lse_TN. Rows that no request owns are zeros and -inf.
     """
     width = q_latent_TNL.shape[-1]

@@ -4,6 +4,8 @@ All requests' blocks of 64 tokens, one request after the other, are a line; part
 [p * size, (p + 1) * size) of it. So a part has whole requests and at most two that were cut: one that it goes on with
 and one that it begins. What it computes of those goes to slots 2 * part and 2 * part + 1 of the scratch, to be merged.
 Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch.
+
+With fixed splits (splits.py) the line is one of splits, of SPLIT blocks each, and a part takes a run of whole ones.
 """
 
 from triton.experimental import gluon
@@ -128,14 +130,72 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
 
 
 @gluon.jit
-def piece(request, shared, lengths, part, row0, N: gl.constexpr, ROWS: gl.constexpr, RAGGED: gl.constexpr):
+def share_splits(seq_lens_ptr, batch, part, parts, turn, window, SPLIT: gl.constexpr):
+    """As `share`, of the splits of a turn. Returns (first request, its first block, last request, its end block, which
+    may be beyond its last, slot of the first split)."""
+    lay: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    i = gl.arange(0, CHUNK, lay)
+    before = 0
+    begin_of_turn = 0
+    end_of_turn = 0
+    for first in range(0, batch, CHUNK):
+        splits = _splits(seq_lens_ptr, first + i, batch, SPLIT)
+        start = before + gl.associative_scan(splits, 0, _add) - splits
+        begin_of_turn += gl.sum(gl.where(start < turn * window, splits, 0), 0)
+        end_of_turn += gl.sum(gl.where(start < (turn + 1) * window, splits, 0), 0)
+        before += gl.sum(splits, 0)
+    size = gl.maximum(_round_up(end_of_turn - begin_of_turn, parts), 1)
+    begin_of_part = begin_of_turn + part * size
+    end_of_part = gl.minimum(begin_of_part + size, end_of_turn)
+    before = 0
+    first_request = 0
+    first_split = begin_of_part
+    last_request = 0
+    end_split = end_of_part
+    for first in range(0, batch, CHUNK):
+        splits = _splits(seq_lens_ptr, first + i, batch, SPLIT)
+        end = before + gl.associative_scan(splits, 0, _add)
+        passed = (end <= begin_of_part) & (first + i < batch)
+        done = (end < end_of_part) & (first + i < batch)
+        first_request += gl.sum(passed.to(gl.int32), 0)
+        first_split -= gl.sum(gl.where(passed, splits, 0), 0)
+        last_request += gl.sum(done.to(gl.int32), 0)
+        end_split -= gl.sum(gl.where(done, splits, 0), 0)
+        before += gl.sum(splits, 0)
+    if begin_of_part >= end_of_turn:
+        last_request = first_request - 1
+    return first_request, first_split * SPLIT, last_request, end_split * SPLIT, begin_of_part - turn * window
+
+
+@gluon.jit
+def _splits(seq_lens_ptr, request, batch, SPLIT: gl.constexpr):
+    """Splits of some requests; an empty one has one, for somebody must write its zeros."""
+    lens = gl.load(seq_lens_ptr + request, mask=request < batch, other=0)
+    return gl.where(request < batch, gl.maximum((lens + SPLIT * BLOCK - 1) // (SPLIT * BLOCK), 1), 0)
+
+
+@gluon.jit
+def first_slot(shared, SPLIT: gl.constexpr):
+    """Slot of the first split that a part has; nothing without fixed splits."""
+    slot = 0
+    if SPLIT > 0:
+        slot = shared[4]
+    return slot
+
+
+@gluon.jit
+def piece(
+    request, shared, lengths, part, row0, line, N: gl.constexpr, ROWS: gl.constexpr, RAGGED: gl.constexpr,
+    SPLIT: gl.constexpr,
+):  # fmt: skip
     """What part `part` has of a request, for the tile of ROWS query rows from `row0` on.
 
     lengths: (seq_lens_ptr, query_start_ptr, query_len).  N: heads; query row r is token r // N and head r % N.
+    line: with fixed splits, slot of the first one that the part has of this request.
     Returns (first block, end block, cached tokens, first query token, query tokens, rows of the tile that are queries,
-    slot of the partial answer or -1).
+    slot of the first partial answer or -1, line of the next request).
     """
-    first_request, first_block, last_request, end_block = shared
+    first_request, first_block, last_request, end_block = shared[0], shared[1], shared[2], shared[3]
     seq_lens_ptr, query_start_ptr, query_len = lengths
     seq_len = gl.load(seq_lens_ptr + request)
     if RAGGED:
@@ -148,7 +208,11 @@ def piece(request, shared, lengths, part, row0, N: gl.constexpr, ROWS: gl.conste
     cost = gl.maximum(blocks, 1)
     begin = gl.where(request == first_request, first_block, 0)
     end = gl.where(request == last_request, end_block, cost)
-    slot = gl.where(begin > 0, 2 * part, gl.where(end < cost, 2 * part + 1, -1))
+    if SPLIT > 0:
+        slot = gl.where(cost > SPLIT, line, -1)
+        line += (gl.minimum(end, cost) - begin + SPLIT - 1) // SPLIT
+    else:
+        slot = gl.where(begin > 0, 2 * part, gl.where(end < cost, 2 * part + 1, -1))
     rows = gl.minimum(gl.minimum(tokens, query_len) * N - row0, ROWS)  # more than announced have no scratch
     end = gl.where(rows > 0, gl.minimum(end, blocks), begin)
-    return begin, end, seq_len, token, tokens, rows, slot
+    return begin, end, seq_len, token, tokens, rows, slot, line

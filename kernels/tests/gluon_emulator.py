@@ -160,7 +160,8 @@ class Product:
     def result(self):
         a, b = (x.array if isinstance(x, Memory) else x for x in (self.a, self.b))
         assert a.dtype == b.dtype == np.float16
-        product = a.astype(np.float32) @ b.astype(np.float32)
+        # Row by row, as a matrix instruction does: BLAS gives a row other bits at another place in a matrix.
+        product = (a.astype(np.float32)[:, None] @ b.astype(np.float32))[:, 0]
         acc = self.acc.result() if isinstance(self.acc, Product) else self.acc
         return _tensor(product + acc if self.use_acc else product)
 
@@ -256,7 +257,8 @@ def _warp_specialize(roles, num_warps, num_regs):
 
 
 def _elementwise(function):
-    return lambda *args: _tensor(function(*(np.asarray(x) for x in args)))
+    """Numbers stay numbers: as arrays of float64 they would make everything float64."""
+    return lambda *args: _tensor(function(*(np.asarray(x) if isinstance(x, np.ndarray) else x for x in args)))
 
 
 gl = SimpleNamespace(
@@ -268,7 +270,7 @@ gl = SimpleNamespace(
     full=lambda shape, value, dtype, layout: _tensor(np.full(shape, value, dtype)),
     load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.maximum),
     minimum=_elementwise(np.minimum), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2),
-    sqrt=_elementwise(np.sqrt), floor=_elementwise(np.floor),
+    fma=_elementwise(lambda x, y, z: x * y + z), sqrt=_elementwise(np.sqrt), floor=_elementwise(np.floor),
     sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
     max=lambda x, axis: _tensor(np.max(np.asarray(x), axis)), min=lambda x, axis: _tensor(np.min(np.asarray(x), axis)),
     reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),

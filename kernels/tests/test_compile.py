@@ -37,7 +37,10 @@ def test_compiles_for(target, names, tmp_path):
 
 @pytest.mark.parametrize(
     ("kernel", "functions"),
-    [("gluon_sm90", {"_decode_kernel", "_merge_kernel"}), ("gluon_sm90_ragged", {"_prefill_kernel"})],
+    [
+        ("gluon_sm90", {"_decode_kernel", "_merge_kernel", "_merge_splits_kernel"}),
+        ("gluon_sm90_ragged", {"_prefill_kernel"}),
+    ],
 )
 def test_hopper_kernel_compiles(kernel, functions, tmp_path):
     rows = compiled(("cuda", "90"), kernel, tmp_path)

@@ -1,4 +1,5 @@
-"""How a batch's cache is cut over the GPU: a model in Python of `share` and `piece` of mla_kernels/schedule.py.
+"""How a batch's cache is cut over the GPU: a model in Python of `share` and `piece` of mla_kernels/schedule.py, and
+what `share_splits` promises.
 
 It says what the schedule is and shows that the schedule is right, and that the text of `share` follows it.
 
@@ -177,6 +178,42 @@ def test_the_kernel_follows_the_model(batch, where, ragged):
             assert cuts == model.cuts
         else:
             assert (*shared, pieces, cuts, cuts_before) == model
+
+
+@given(
+    st.lists(blocks.map(lambda n: n * BLOCK), min_size=1, max_size=300),
+    st.sampled_from([(1, 6), (5, 1), (66, 16), (132, 6)]),
+    st.integers(0, 3),
+)
+@example([0] * 200, (132, 6), 0)
+@settings(max_examples=60, deadline=None)
+def test_every_split_is_done_once_in_its_turn(lens, parts_and_split, turns):
+    """By `share_splits` and `piece`, executed by the emulator, in the slot in which the merge looks for it."""
+    parts, split = parts_and_split
+    splits = [max(-(-n // (split * BLOCK)), 1) for n in lens]
+    starts = [end - count for count, end in zip(splits, accumulate(splits), strict=True)]
+    window = max(sum(splits) // (turns + 1), 1)
+    lengths = pointer(lens)
+    done = {}
+    for turn in range(starts[-1] // window + 1):
+        for part in range(parts):
+            arguments = map(gluon_emulator.Int, (len(lens), part, parts, turn, window))
+            shared = SCHEDULE.share_splits(lengths, *arguments, split)
+            line = SCHEDULE.first_slot(shared, split)
+            for request in map(gluon_emulator.Int, range(shared[0], shared[2] + 1)):
+                begin, end, *_, slot, line = SCHEDULE.piece(
+                    request, shared, (lengths, None, 1), part, 0, line, 1, 64, False, split
+                )
+                for first in range(begin, max(end, begin + 1), split):
+                    assert (request, first) not in done
+                    done[request, first] = slot + (first - begin) // split if slot >= 0 else -1
+                    assert min(first + split, end) == min(first + split, -(-lens[request] // BLOCK))
+    wanted = {
+        (request, i * split): start % window + i if count > 1 else -1
+        for request, (start, count) in enumerate(zip(starts, splits, strict=True))
+        for i in range(count)
+    }
+    assert done == wanted
 
 
 numbers = st.integers(0, 31).flatmap(lambda bits: st.integers(0, 2**bits - 1))

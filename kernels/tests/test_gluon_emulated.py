@@ -7,12 +7,14 @@ from gluon_emulator import emulated
 
 import mla_kernels.primitives as primitives
 import mla_kernels.split_merge as split_merge
+import mla_kernels.splits as splits
 from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
-MODULES = ("hopper", "schedule", "hopper_decode", "decode.gluon_sm90")
+MODULES = ("hopper", "schedule", "hopper_load", "hopper_decode", "decode.gluon_sm90")
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)
+HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where merging runs
 
 
 def build(**edits):
@@ -20,6 +22,7 @@ def build(**edits):
     roles.LN_2 = primitives.LN_2.value
     kernel.device_of = lambda tensor: GPU
     kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
+    kernel.merge_splits = lambda *args, **options: splits.merge_splits(*args, **options | HERE)
     return kernel
 
 
@@ -119,8 +122,8 @@ def both(kernel):
 
 # Barriers matter only if somebody is late.
 LATE = {
-    "outputs' last factor is read late": ("            last = smem.last.load(", "last_empty"),
-    "outputs' last factor is written late": ("            smem.last.store(", "last_full"),
+    "outputs' last factor is read late": ("    last = smem.last.load(", "last_empty"),
+    "outputs' last factor is written late": ("    smem.last.store(", "last_full"),
 }
 
 
@@ -129,12 +132,12 @@ def test_late_roles_are_waited_for(what, monkeypatch):
     """With many short requests: right while the barrier is there, wrong without."""
     monkeypatch.setattr(gluon_emulator, "PATIENCE", 3)
     line, barrier = LATE[what]
-    late = {line: f"            __import__('time').sleep(0.01)\n{line}"}
+    late = {line: f"    __import__('time').sleep(0.01)\n{line}"}
     case = make(3, [5, 30, 1, 64, 9, 70, 2, 11] * 3)
     check(build(edits=late), case)
     waits = {
-        "last_empty": "            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n",
-        "last_full": "            mbarrier.wait(smem.last_full, pieces & 1)\n",
+        "last_empty": "    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n",
+        "last_full": "    mbarrier.wait(smem.last_full, pieces & 1)\n",
     }
     with pytest.raises(AssertionError):
         check(build(edits=late | {waits[barrier]: ""}), case)

@@ -129,6 +129,24 @@ def prefill(
 
 
 @bench.command()
+def invariance(
+    cases: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
+    ] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")] = 64,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
+    ] = None,
+) -> None:
+    """Time batch-invariant decode beside the ordinary one, after every case has agreed with float32 attention."""
+    from mla_backend.bench import invariance as benchmark
+
+    measured(benchmark.run, CASES, cases, page_size=page_size, kernel=kernel)
+
+
+@bench.command()
 def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
     """Draw the CSV file of `bench decode` as a picture."""
     need_matplotlib()

@@ -7,6 +7,7 @@ timed. Then each case is timed on input sets that together overflow the L2 cache
 
 import math
 import pathlib
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_backend.steps import DecodeStep
-from mla_kernels import CacheLayout, Problem, device_of, format_of
+from mla_kernels import CacheLayout, Problem, device_of, format_of, split_for
 
 DTYPE = torch.bfloat16
 
@@ -39,13 +40,16 @@ def make_inputs(case: Case, *, page_size: int, dtype: torch.dtype, device: str =
     )
 
 
-def attention_for(data: DecodeInputs, config: MLABackendConfig) -> MLAAttention:
+def attention_for(data: DecodeInputs, config: MLABackendConfig, *, batch_invariant: bool = False) -> MLAAttention:
     """As the adapter makes it for these inputs. Raises UnsupportedMLA or ValueError when there is no such kernel."""
     _, query_len, heads, _ = data.q_BQNK.shape
     layout = CacheLayout(
         geometry=geometry_for(heads), format=format_of(data.cache_AGK.dtype), page_size=data.cache_AGK.shape[1]
     )
     problem = Problem(layout=layout, dtype=data.q_BQNK.dtype, max_query_len=query_len)
+    if batch_invariant:
+        longest = data.block_table_BM.shape[1] * layout.page_size
+        problem = replace(problem, split_tokens=split_for(layout.geometry), max_seq_len=longest)
     return MLAAttention(problem, device_of(data.cache_AGK), config, scale=data.scale, operations=("decode",))
 
 
@@ -83,13 +87,21 @@ def expected(data: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out_BQNL.flatten(0, 1), lse_BQN.flatten(0, 1)
 
 
-def verify(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch.dtype, device: str = "cuda") -> None:
+def verify(
+    case: Case,
+    config: MLABackendConfig,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    batch_invariant: bool = False,
+) -> None:
     """Check our kernel. Raises BenchmarkError for a wrong answer, and when no kernel takes the case."""
     data = make_inputs(case, page_size=page_size, dtype=dtype, device=device)
     wanted = expected(data)
     compare.check_kernel(
         case,
-        lambda: attention_for(data, config),
+        lambda: attention_for(data, config, batch_invariant=batch_invariant),
         lambda attention: ours(attention, data),
         lambda actual: compare.check(actual, wanted, dtype),
     )

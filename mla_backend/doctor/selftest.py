@@ -26,7 +26,8 @@ def _decode(selection: Selection, problem: Problem, where: str) -> None:
         cache_scale=SCALE if layout.format.scaled else None,
         device=where,
     )
-    out, lse = selection.kernel.run(*case.arrays, **case.options)
+    splits = {"split_tokens": problem.split_tokens} if problem.split_tokens else {}
+    out, lse = selection.kernel.run(*case.arrays, **case.options, **splits)
     wanted, wanted_lse = case.reference()
     assert_matches("lse", lse, wanted_lse, LSE_TOLERANCE)
     assert_matches("out", out, wanted, TOLERANCE[problem.dtype], case.magnitude())

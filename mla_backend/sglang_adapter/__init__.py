@@ -28,6 +28,6 @@ def create(runner):
     from mla_backend.sglang_adapter.backend import SGLangMLABackend
 
     backend = SGLangMLABackend(runner)
-    forward_method.take_over(runner.model_config)
+    forward_method.take_over(runner.model_config, absorb_all=backend.problem.split_tokens is not None)
     draft.take_over()
     return backend

@@ -1,5 +1,6 @@
 """Attention of SGLang's MLA layers: translate the call, hand over to `MLAAttention`."""
 
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 
@@ -27,7 +28,7 @@ from mla_backend.sglang_adapter.problem import (
     make_problem,
     shares_cache,
 )
-from mla_backend.steps import DecodeStep
+from mla_backend.steps import DecodeStep, TiledStep, tile_tokens
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 from mla_backend.warmup import Traffic, warm_up
 
@@ -62,11 +63,12 @@ class SGLangMLABackend(AttentionBackend):
         requests = self.req_to_token_pool.req_to_token.shape[0]
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
         self.reserve(requests)
-        long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
-        _say_once(  # before kernels are compiled, which takes a while
-            f"{attention.describe(max_requests=requests)}; more than {self.problem.max_query_len} query tokens of a "
-            f"request in latent space: {long}; {self._scratch.bytes / 2**20:.1f} MiB of scratch in all"
-        )
+        said = attention.describe(max_requests=requests)
+        if not self.problem.split_tokens:
+            long = self._long_attention(scale=attention.scale).chosen["decode"].kernel.name
+            said += f"; more than {self.problem.max_query_len} query tokens of a request in latent space: {long}"
+        # Before kernels are compiled, which takes a while.
+        _say_once(f"{said}; {self._scratch.bytes / 2**20:.1f} MiB of scratch in all")
         if warmed := self._warm_up(requests, facts):
             logger.info("mla_backend: %s", warmed)
 
@@ -80,6 +82,8 @@ class SGLangMLABackend(AttentionBackend):
         """All that decodes in latent space here, and how many requests of its own a batch of `requests` is to it."""
         scale = self.problem.geometry.softmax_scale
         yield self._attention(scale=scale), requests
+        if self.problem.split_tokens:  # longer extends come in tiles, and trees are refused
+            return
         yield self._long_attention(scale=scale), requests
         if self._draft_tokens > 1:
             yield from self._tree_attention(scale=scale, tokens=self._draft_tokens).parts(requests)
@@ -87,16 +91,15 @@ class SGLangMLABackend(AttentionBackend):
     def _warm_up(self, requests: int, facts: Facts) -> str:
         """Compile and load what any batch can need, before SGLang captures graphs or serves."""
         where, page_size = self.req_to_token_pool.req_to_token.device, self.problem.layout.page_size
-        (short, _), (long, _), *tree = self._decoders(requests)
-        most = self.problem.max_query_len
-        traffic = Traffic(
-            max_requests=requests,
-            page_size=page_size,
-            uniform=sorted({1, self._draft_tokens}),
-            ragged=range(1, most + 1),
-        )
-        longer = Traffic(max_requests=requests, page_size=page_size, uniform=(), ragged=longer_extends(facts, most))
-        said = [warm_up(short, traffic, where, scratch=self._take(short, requests))]
+        (short, _), *others = self._decoders(requests)
+        most, scratch = self.problem.max_query_len, self._take(short, requests)
+        traffic = Traffic(max_requests=requests, page_size=page_size, uniform=sorted({1, self._draft_tokens}))
+        if self.problem.split_tokens:
+            traffic = replace(traffic, tiled=(tile_tokens(facts.heads),))
+            return warm_up(short, traffic, where, scratch=scratch, operations=("decode", "cache_write"))
+        (long, _), *tree = others
+        said = [warm_up(short, replace(traffic, ragged=range(1, most + 1)), where, scratch=scratch)]
+        longer = replace(traffic, uniform=(), ragged=longer_extends(facts, most))
         said.append(warm_up(long, longer, where, scratch=self._take(long, requests), operations=("decode",)))
         if drafts_trees(facts.arguments):
             merged = self.problem.geometry.kv_lora_rank
@@ -264,7 +267,7 @@ class SGLangMLABackend(AttentionBackend):
             attention.prefill_expanded(q_TNQ, k_nope, k_rope, v_SNV, self._cache(layer), step, **cached)
         return out_TNV.flatten(1)
 
-    def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TreeStep):
+    def _attend_latent(self, q, q_rope, layer, step: DecodeStep | TiledStep | TreeStep):
         """Absorbed attention. With data-parallel attention SGLang pads tokens after requests were planned: rows behind
         those of the step get zeros."""
         q_latent_TNL, q_rope_TNR = self._split(q, q_rope, self.problem.geometry.num_heads)
@@ -273,12 +276,12 @@ class SGLangMLABackend(AttentionBackend):
         padding = len(q_latent_TNL) - rows
         return torch.nn.functional.pad(out_TNL, (0, 0, 0, padding)) if padding else out_TNL
 
-    def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TreeStep):
+    def _decode(self, q_latent_TNL, q_rope_TNR, layer, step: DecodeStep | TiledStep | TreeStep):
         tensors = q_latent_TNL, q_rope_TNR, self._cache(layer), step
         if isinstance(step, TreeStep):
             tree = self._tree_attention(scale=layer.scaling, tokens=step.tokens)
             return tree.decode(*tensors, workspaces=[self._take(*part) for part in tree.parts(self._reserved)])[0]
-        is_short = step.query_len <= self.problem.max_query_len
+        is_short = isinstance(step, TiledStep) or step.query_len <= self.problem.max_query_len
         attention = (self._attention if is_short else self._long_attention)(scale=layer.scaling)
         return attention.decode(*tensors, workspace=self._take(attention, self._reserved))[0]
 

@@ -24,14 +24,20 @@ def warnings() -> Iterator[str]:
 
 
 def add_choices() -> None:
-    """Let SGLang's options for target and draft models take our name.
+    """Let SGLang's options for target and draft models take our name, and its deterministic mode too, with its radix
+    cache.
 
     Why: SGLang's own functions for this append, and a name that is added twice is listed twice; the list for draft
     models came with 0.5.19.
     """
     from sglang.srt import server_args
 
-    for choices in ("ATTENTION_BACKEND_CHOICES", "DRAFT_ATTENTION_BACKEND_CHOICES"):
+    for choices in (
+        "ATTENTION_BACKEND_CHOICES",
+        "DRAFT_ATTENTION_BACKEND_CHOICES",
+        "DETERMINISTIC_ATTENTION_BACKEND_CHOICES",
+        "RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND",
+    ):
         known = getattr(server_args, choices, None)
         if known is not None and NAME not in known:
             known.append(NAME)

@@ -12,15 +12,18 @@ from mla_kernels import MLAGeometry
 _EXPANDS = "mla_backend_expands"  # what a batch keeps of our choice
 
 
-def take_over(model_config) -> None:
+def take_over(model_config, *, absorb_all: bool = False) -> None:
     """Let SGLang's models ask us, and hand us nope and rope parts of queries and keys without concatenating them.
+
+    absorb_all: leave every batch in latent space, as deterministic inference needs: over expanded heads bits differ.
 
     A model that scales its queries by position gets the concatenation: SGLang applies that factor to it alone. So does
     its draft model, whatever that does: SGLang asks by our name, and one process has both.
     """
     scaled_before = handlers.AttentionBackendRegistry.get_handler(NAME) is _absorbed
     scales_queries = scaled_before or _scales_queries(model_config)
-    handlers.AttentionBackendRegistry.register(NAME, _absorbed if scales_queries else _cheaper)
+    method = _latent if absorb_all else _cheaper
+    handlers.AttentionBackendRegistry.register(NAME, _absorbed if scales_queries else method)
     if scales_queries and NAME in TAKES_ROPE_APART:
         TAKES_ROPE_APART.remove(NAME)
     elif not scales_queries and NAME not in TAKES_ROPE_APART:
@@ -33,6 +36,11 @@ def _scales_queries(model_config) -> bool:
 
 def _absorbed(attention, forward_batch) -> AttnForwardMethod:
     return handlers._dispatch_mla_subtype(attention, forward_batch)
+
+
+def _latent(attention, forward_batch) -> AttnForwardMethod:
+    """As `_absorbed`, which stands for models that scale their queries."""
+    return _absorbed(attention, forward_batch)
 
 
 def _cheaper(attention, forward_batch) -> AttnForwardMethod:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from mla_backend.steps import DecodeStep, PrefillStep, plan_context
+from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, plan_context, tile_queries, tile_tokens
 from mla_kernels import Problem
 
 
@@ -70,7 +70,14 @@ class ExtendMetadata:
     most_keys: int
 
     @cached_property
-    def latent(self) -> DecodeStep:
+    def latent(self) -> DecodeStep | TiledStep:
+        if self.problem.split_tokens:
+            return tile_queries(
+                self.query_lens,
+                self.block_table_BM,
+                self.seq_lens_B,
+                tokens_of_tile=tile_tokens(self.problem.geometry.num_heads),
+            )
         return DecodeStep(
             block_table_BM=self.block_table_BM,
             seq_lens_B=self.seq_lens_B,

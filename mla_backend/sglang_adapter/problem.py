@@ -8,7 +8,19 @@ from sglang.srt.environ import envs
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import family_of
 from mla_backend.sglang_adapter import NAME, compat
-from mla_kernels import FORMATS, CacheLayout, Device, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
+from mla_backend.steps import tile_tokens
+from mla_kernels import (
+    FORMATS,
+    CacheLayout,
+    Device,
+    MLAGeometry,
+    Problem,
+    UnsupportedMLA,
+    device_of,
+    format_of,
+    select,
+    split_for,
+)
 
 SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
 ANY_KERNEL = MLABackendConfig()
@@ -36,6 +48,13 @@ class Facts:
     heads: int
     draft_tokens: int
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether an answer must have the same bits whatever else is in the batch: what the user said, or what SGLang
+        makes of it (since 0.5.19 beside the arguments)."""
+        on_policy = getattr(self.arguments, "rl_on_policy_target", None) is not None
+        return on_policy or bool(getattr(self.arguments, "enable_deterministic_inference", False))
+
     @classmethod
     def of_runner(cls, runner) -> "Facts":
         return cls(
@@ -53,7 +72,8 @@ class Facts:
 
 
 def make_problem(facts: Facts) -> tuple[Problem, Problem]:
-    """The problem of decode, and of extends in latent space that bring more query tokens than decode does.
+    """The problem of decode, and of extends in latent space that bring more query tokens than decode does; one and the
+    same in deterministic inference, where such extends come in tiles.
 
     Raises ValueError with every reason against serving this model.
     """
@@ -113,6 +133,16 @@ def _refusals(facts: Facts):
     trees = drafts_trees(facts.arguments)
     if trees and envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
         yield "it plans the verification of trees of draft tokens after them; unset SGLANG_ENABLE_OVERLAP_PLAN_STREAM"
+    if facts.deterministic and trees:
+        yield (
+            "with --enable-deterministic-inference it needs --speculative-eagle-topk 1: it attends to a tree's tokens "
+            "apart from their context, with other bits than in decode"
+        )
+    if facts.deterministic and shares_cache(facts.arguments):
+        yield (
+            "with --enable-deterministic-inference it must do both prefill and decode: leave out "
+            "--prefill-attention-backend and --decode-attention-backend"
+        )
     if trees and facts.page_size > 1:
         yield f"it drafts trees (--speculative-eagle-topk above 1) with --page-size 1 only, got {facts.page_size}"
 
@@ -127,6 +157,15 @@ def _problems(facts: Facts) -> tuple[Problem, Problem]:
         v_head_dim=config.v_head_dim,
     )
     layout = CacheLayout(geometry=geometry, format=format_of(facts.kv_cache_dtype), page_size=facts.page_size)
+    if facts.deterministic:
+        problem = Problem(
+            layout=layout,
+            dtype=facts.dtype,
+            max_query_len=max(facts.draft_tokens, tile_tokens(facts.heads)),  # extends come in tiles
+            split_tokens=split_for(geometry),
+            max_seq_len=config.context_len,
+        )
+        return problem, problem
     problem = Problem(layout=layout, dtype=facts.dtype, max_query_len=max(SHORT_EXTEND, facts.draft_tokens))
     return problem, replace(problem, max_query_len=max(problem.max_query_len, config.context_len))
 

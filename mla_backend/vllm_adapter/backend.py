@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.platforms import current_platform
@@ -10,9 +11,10 @@ from vllm.v1.attention.backend import MultipleOf
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import family_of, geometry_of
+from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
 from mla_backend.vllm_adapter.model_types import not_served_as_mla
-from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select
+from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select, split_for
 
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")  # of --kv-cache-dtype
 OTHER_FP8 = {
@@ -57,7 +59,16 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
         format=format_of(cache_dtype_of(kv_cache_dtype, dtype)),
         page_size=page_size or vllm_config.cache_config.block_size or PREFERRED_PAGE,
     )
-    return Problem(layout=layout, dtype=dtype, max_query_len=max_decode_query_len(vllm_config.speculative_config))
+    most = max_decode_query_len(vllm_config.speculative_config)
+    if not envs.VLLM_BATCH_INVARIANT:
+        return Problem(layout=layout, dtype=dtype, max_query_len=most)
+    return Problem(
+        layout=layout,
+        dtype=dtype,
+        max_query_len=max(most, tile_tokens(geometry.num_heads)),  # prefill comes in tiles
+        split_tokens=split_for(geometry),
+        max_seq_len=vllm_config.model_config.max_model_len,
+    )
 
 
 def max_decode_query_len(speculative) -> int:
@@ -88,6 +99,12 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
         reasons.append("mla_backend has not been run with overlapping micro-batches; leave out --enable-dbo")
     if getattr(vllm_config.attention_config, "use_prefill_query_quantization", False):
         reasons.append("mla_backend multiplies in the model's dtype; leave out -ac.use_prefill_query_quantization")
+    other_prefill = vllm_config.attention_config.mla_prefill_backend
+    if envs.VLLM_BATCH_INVARIANT and other_prefill is not None and other_prefill.name != NAME:
+        reasons.append(
+            "with VLLM_BATCH_INVARIANT=1 mla_backend sends prefill through its decode, whose bits another prefill has "
+            f"not; leave out -ac.mla_prefill_backend {other_prefill.name}"
+        )
     if page_size is not None and page_size % PAGE_MULTIPLE:
         reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
@@ -145,6 +162,10 @@ class MLABackend(MLACommonBackend):
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         return False  # a step is planned from the host's query lengths
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
 
     @classmethod
     def supports_combination(

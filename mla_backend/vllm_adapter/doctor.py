@@ -61,8 +61,6 @@ def _config(model: str, options: list[str]):
 
 def _check_choice(result: Examination, attention) -> None:
     """Options may name another backend than ours, or another prefill."""
-    from vllm import envs
-
     per_kind = {getattr(kind, "value", kind): backend for kind, backend in (attention.backend_per_kind or {}).items()}
     backend = per_kind.get("mla_attention", attention.backend)
     if getattr(backend, "name", backend) != NAME:
@@ -70,8 +68,6 @@ def _check_choice(result: Examination, attention) -> None:
     prefill = attention.mla_prefill_backend
     if prefill is not None and getattr(prefill, "name", prefill) != NAME:
         result.warn(f"prefill is done by {prefill}, as these options say; below, ours is tested")
-    if envs.VLLM_BATCH_INVARIANT:
-        result.fault("VLLM_BATCH_INVARIANT is set, and mla_backend is not batch-invariant yet", "unset it")
 
 
 def server(result: Examination, model: str, options: list[str], device: Device) -> Server | None:

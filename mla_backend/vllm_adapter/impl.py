@@ -15,6 +15,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 from mla_backend.attention import MLAAttention
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.scratch import Scratch
+from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import NAME, compat, memory
 from mla_backend.vllm_adapter.backend import layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
@@ -91,13 +92,15 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def get_ready(self, vllm_config, page_size: int, most_query_tokens: int) -> None:
         """Compile and load all that serving can ask for, and say what memory a step takes.
 
-        most_query_tokens: that a request brings to decode.
+        most_query_tokens: that a request brings to decode, in one piece.
         """
+        problem = self.attention.problem
         traffic = Traffic(
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             page_size=page_size,
             uniform=range(1, most_query_tokens + 1),
             ragged=(most_query_tokens,),
+            tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens else (),
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
             return
@@ -107,8 +110,8 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             traffic,
             self._device,
             scratch=self._scratch(),
-            scaled=self.attention.problem.layout.format.scaled,
-            operations=OPERATIONS if self._own_prefill else ("decode", "cache_write"),
+            scaled=problem.layout.format.scaled,
+            operations=OPERATIONS if self._own_prefill and not problem.split_tokens else ("decode", "cache_write"),
         )
         if warmed:
             logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config))

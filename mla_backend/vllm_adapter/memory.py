@@ -22,7 +22,11 @@ def context_rows(vllm_config) -> int:
 def step_bytes(vllm_config, problem: Problem) -> int:
     """Bytes that a step of ours can take beside decode scratch."""
     scheduler = vllm_config.scheduler_config
-    tokens = scheduler.max_num_batched_tokens
+    tokens, geometry = scheduler.max_num_batched_tokens, problem.geometry
+    if problem.split_tokens:  # all tokens go to decode, and vLLM makes their absorbed queries meanwhile
+        absorbed = tensor_bytes((tokens, geometry.num_heads, geometry.kv_lora_rank), problem.dtype)
+        rows = context_rows(vllm_config)  # of a buffer that vLLM makes, and that then nobody needs
+        return absorbed + most_bytes(problem, tokens=0, decode_tokens=tokens, context_rows=rows)
     return most_bytes(
         problem,
         tokens=tokens,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from vllm import envs
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
     MLACommonMetadata,
@@ -12,13 +13,13 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from mla_backend.steps import DecodeStep, PrefillStep
+from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, tile_queries, tile_tokens
 from mla_backend.vllm_adapter import compat, memory
 
 
 @dataclass
 class MLADecodeMetadata(MLACommonDecodeMetadata):
-    step: DecodeStep | None = None
+    step: DecodeStep | TiledStep | None = None
 
 
 @dataclass
@@ -30,17 +31,27 @@ class MLAMetadata(MLACommonMetadata[MLADecodeMetadata]):
 
 
 class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
-    """Sends every request of up to `reorder_batch_threshold` query tokens to decode, of whatever length each is."""
+    """Sends every request of up to `reorder_batch_threshold` query tokens to decode, of whatever length each is.
+
+    With VLLM_BATCH_INVARIANT=1 that is every request: prefill then has the bits of decode, also in chunks and behind
+    a cached prefix.
+    """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata)
+        self._most_untiled = self.reorder_batch_threshold
+        if envs.VLLM_BATCH_INVARIANT:
+            self.reorder_batch_threshold = vllm_config.scheduler_config.max_num_batched_tokens
+            self._tile_tokens = tile_tokens(
+                vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
+            )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
         layers = vllm_config.compilation_config.static_forward_context
         for impl in {layers[name].impl.attention: layers[name].impl for name in layer_names}.values():
-            impl.get_ready(vllm_config, kv_cache_spec.block_size, self.reorder_batch_threshold)
+            impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled)
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
@@ -56,6 +67,7 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         query_start_loc_device: torch.Tensor,
         num_decode_tokens: int,
         dcp_tot_seq_lens_device: torch.Tensor | None,
+        max_seq_len: int,
         **_,
     ) -> MLADecodeMetadata:
         query_lens = query_start_loc_cpu.diff()
@@ -63,13 +75,20 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         # False also where vLLM counts padding tokens that no request owns (drafts of 0.28 and 0.29 in piecewise
         # graphs).
         uniform = longest * len(query_lens) == num_decode_tokens
-        step = DecodeStep(
-            block_table_BM=block_table_tensor,
-            seq_lens_B=seq_lens_device,
-            # Ragged lengths take the largest that there can be: one compiled kernel, not one for each longest length.
-            query_len=longest if uniform else max(longest, self.reorder_batch_threshold),
-            query_start_B1=None if uniform else query_start_loc_device,
-        )
+        if longest > self._most_untiled:
+            pages = -(-max_seq_len // self.kv_cache_spec.block_size)  # others are nobody's, and would cost turns
+            step = tile_queries(
+                query_lens.tolist(), block_table_tensor[:, :pages], seq_lens_device, tokens_of_tile=self._tile_tokens
+            )
+        else:
+            step = DecodeStep(
+                block_table_BM=block_table_tensor,
+                seq_lens_B=seq_lens_device,
+                # Ragged lengths take the largest that there can be: one compiled kernel, not one for each longest
+                # length.
+                query_len=longest if uniform else max(longest, self._most_untiled),
+                query_start_B1=None if uniform else query_start_loc_device,
+            )
         return MLADecodeMetadata(
             block_table=block_table_tensor,
             seq_lens=seq_lens_device,

@@ -5,6 +5,7 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
@@ -20,6 +21,12 @@ from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, devic
 def _problem(geometry: MLAGeometry, dtype: torch.dtype) -> Problem:
     """Prefill works on expanded heads: the cache format that it is told does not matter to it."""
     return Problem(layout=CacheLayout(geometry=geometry, format=format_of(dtype), page_size=1), dtype=dtype)
+
+
+def _is_under_our_decode(attention_config) -> bool:
+    per_kind = getattr(attention_config, "backend_per_kind", None) or {}
+    named = (attention_config.backend, *per_kind.values())
+    return any(getattr(backend, "name", backend) == NAME for backend in named)
 
 
 @cache
@@ -44,6 +51,11 @@ class MLAPrefill(MLAPrefillBackend):
     def validate_configuration(cls, device_capability, selector_config) -> list[str]:
         reasons = super().validate_configuration(device_capability, selector_config)
         vllm_config = get_current_vllm_config()
+        if envs.VLLM_BATCH_INVARIANT and not _is_under_our_decode(vllm_config.attention_config):
+            reasons.append(
+                "with VLLM_BATCH_INVARIANT=1 it needs --attention-backend CUSTOM, which then takes all prefill: here "
+                "results would depend on how cached context is cut into chunks"
+            )
         kernel = MLABackendConfig.from_environment().kernel_for("prefill")
         try:
             problem = _problem(geometry_of(vllm_config.model_config.hf_text_config), selector_config.dtype)

@@ -8,8 +8,8 @@
      the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
      after may not know how to wait.
 
-The same bits for the same batch, always. Not the same bits for a request in another batch: where it is cut depends on
-the others. That would need pieces whose size depends on the request alone, as many as it takes, dealt out to programs.
+The same bits for the same batch, always. In another batch a request has the same bits with `split_tokens` alone: then
+programs share fixed splits (splits.py), each of which is a piece, instead of blocks.
 """
 
 import torch
@@ -21,21 +21,12 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
-from mla_kernels.hopper_decode import (
-    HALF,
-    LATENT,
-    ROWS,
-    TILE,
-    Cache,
-    Shared,
-    accumulate,
-    attend,
-    gather_keys,
-    load_keys,
-)
+from mla_kernels.hopper_decode import Shared, accumulate, attend
+from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE, Cache, gather_keys, load_keys
 from mla_kernels.primitives import LOG2_E, decode_outputs, reaching_all, require_adjacent, scratch
-from mla_kernels.schedule import BLOCK, share
+from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts, plan_size
+from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
 # request. Buffers in shared memory end in _s.
@@ -44,17 +35,19 @@ _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 
 @gluon.jit(
-    do_not_specialize=["batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page"],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
+    do_not_specialize=[
+        *("batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page", "turn", "window")
+    ],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr"],
 )
 def _decode_kernel(
     k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table,
     q_latent_ptr, q_rope_ptr, stride8_ql_t, stride8_ql_n, stride8_qr_t, stride8_qr_n,
     seq_lens_ptr, query_start_ptr, query_len, batch, parts, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
-    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot,
+    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, turn, window,
     N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
+    LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
     bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
@@ -84,20 +77,25 @@ def _decode_kernel(
 
     gdc_launch_dependents()
     part = gl.program_id(1)
-    shared, pieces, cuts, cuts_before = share(
-        seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
-    )  # fmt: skip
-    if gl.program_id(0) == 0:  # split_merge.py says what this is
-        if part == 0:
-            gl.store(plan_ptr, cuts)
-        if pieces > 0:
-            entry = plan_ptr + 4 * (1 + cuts_before)
-            gl.store(entry, shared[2])
-            gl.store(entry + 1, part)
-            gl.store(entry + 2, pieces)
+    if SPLIT > 0:
+        shared = share_splits(seq_lens_ptr, batch, part, parts, turn, window, SPLIT)
+    else:
+        shared, pieces, cuts, cuts_before = share(
+            seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+        )  # fmt: skip
+        if gl.program_id(0) == 0:  # split_merge.py says what this is
+            if part == 0:
+                gl.store(plan_ptr, cuts)
+            if pieces > 0:
+                entry = plan_ptr + 4 * (1 + cuts_before)
+                gl.store(entry, shared[2])
+                gl.store(entry + 1, part)
+                gl.store(entry + 2, pieces)
     barrier()
 
-    work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
+    lengths = (seq_lens_ptr, query_start_ptr, query_len)
+    work = (shared, lengths)
+    to_load = ((shared[0], shared[1], shared[2], shared[3]), lengths)  # without slots: its registers are few
     smem = Shared(
         k_s, rope_s, weight_s, factor_s, grew_s, last_s,
         k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
@@ -108,9 +106,9 @@ def _decode_kernel(
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
     gl.warp_specialize(
         [
-            (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER)),
-            (accumulate, (out, work, smem, N, RAGGED, GATHER)),
-            (gather_keys if GATHER else load_keys, (cache, work, smem, N, R, PAGE, RAGGED)),
+            (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
+            (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
+            (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED)),
         ],
         [8, LOADER_WARPS],
         [160, LOADER_REGS],
@@ -149,9 +147,13 @@ def _parts(rows: int, device: Device) -> int:
 def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """(shape, dtype) of the scratch tensors that `run` takes: partial outputs, their base-2 LSE, the plan.
 
-    The same for any number of requests: on a GPU of 132 multiprocessors 8.3 MiB for 16 query rows, 33.1 at most.
+    The same for any number of requests: on a GPU of 132 multiprocessors 8.3 MiB for 16 query rows, 33.1 at most. With
+    fixed splits what splits.py says, without a plan.
     """
     heads = problem.geometry.num_heads
+    if problem.split_tokens:
+        most = heads * problem.max_query_len
+        return shapes(reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), LATENT.value)
     rows = max(_scratch_rows(heads * tokens, device) for tokens in range(1, problem.max_query_len + 1))
     return _scratch_shapes(rows, device)
 
@@ -172,6 +174,8 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
 
     def forms(requests, query_len):
         rows = query_len * problem.geometry.num_heads
+        if problem.split_tokens:
+            return (merge_columns(requests, rows, LATENT.value),)
         return (merge_form(requests, _parts(rows, device), rows),)
 
     return reaching_all(forms, max_requests, query_lens)
@@ -208,6 +212,7 @@ def run(
     out_TNL=None,
     lse_TN=None,
     workspace=None,
+    split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
     T, N = q_latent_TNL.shape[:2]
@@ -224,27 +229,47 @@ def run(
 
     rows = query_len * N
     parts = _parts(rows, device)
-    shapes = _scratch_shapes(_scratch_rows(rows, device), device)
-    part, part_lse, plan = scratch(workspace, shapes, cache_AGK.device)
-
     q_latent, q_rope = _in_16_bytes(q_latent_TNL), _in_16_bytes(q_rope_TNR)
     k_desc, page_rows = _describe(cache_AGK, stride_page)
     gather = k_desc is None
     page_size = cache_AGK.shape[1]
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
-    _decode_kernel[(_row_tiles(rows), parts)](
-        k_desc, page_rows, cache_AGK, stride_page // 8, cache_AGK.stride(1) // 8,
-        block_table_BM, block_table_BM.stride(0),
-        q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
-        seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value,
-        out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1),
-        part, part_lse, plan, rows,
-        N=N, R=R, PAGE=page_size, RAGGED=ragged, GATHER=gather,
-        LOADER_WARPS=4 if gather else 1, LOADER_REGS=32 if gather or page_size < 64 else 24,
-        num_warps=4,
-    )  # fmt: skip
-    merge_parts(
-        out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-        query_len=query_len, rows=rows, requests=B, parts=parts, num_sms=device.num_sms, overlap=True,
-    )  # fmt: skip
+    before_scratch = (
+        *(k_desc, page_rows, cache_AGK, stride_page // 8, cache_AGK.stride(1) // 8),
+        *(block_table_BM, block_table_BM.stride(0)),
+        *(q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1))),
+        *(seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value),
+        *(out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1)),
+    )
+    constants = {
+        **{"N": N, "R": R, "PAGE": page_size, "RAGGED": ragged, "GATHER": gather, "num_warps": 4},
+        **{
+            "LOADER_WARPS": 4 if gather else 1,
+            "LOADER_REGS": (40 if split_tokens else 32) if gather or page_size < 64 else 24,
+        },
+    }
+    grid = (_row_tiles(rows), parts)
+    if split_tokens is None:
+        part, part_lse, plan = scratch(
+            workspace, _scratch_shapes(_scratch_rows(rows, device), device), cache_AGK.device
+        )
+        _decode_kernel[grid](*before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
+        merge_parts(
+            out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
+            query_len=query_len, rows=rows, requests=B, parts=parts, num_sms=device.num_sms, overlap=True,
+        )  # fmt: skip
+        return out_TNL, lse_TN
+
+    part, part_lse, turns = prepare(
+        workspace, (rows, LATENT.value), block_table_BM, cache_AGK, split_tokens=split_tokens
+    )
+    for turn in range(turns.count):
+        _decode_kernel[grid](
+            *before_scratch, part, part_lse, None, rows, turn, turns.window,
+            SPLIT=split_tokens // BLOCK.value, **constants,
+        )  # fmt: skip
+        merge_splits(
+            out_TNL, lse_TN, part, part_lse, seq_lens_B, query_start_B1,
+            query_len=query_len, split_tokens=split_tokens, turns=turns, turn=turn, device=device, overlap=True,
+        )  # fmt: skip
     return out_TNL, lse_TN

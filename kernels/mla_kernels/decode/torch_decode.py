@@ -4,6 +4,7 @@ For each request:
   1. its pages are copied side by side, as float32, those of an fp8 cache times its scale;
   2. all its query tokens and heads are rows of one product with them, followed by a softmax;
   3. the latent part of the same rows is what the weights sum up.
+With `split_tokens` each query token is by itself: a matrix product of other dimensions may have other bits.
 """
 
 import torch
@@ -36,6 +37,49 @@ def _attend(q_TNK, row_SK, width: int, scale: float):
     return out_TNL, (top_TN1 + total_TN1.log()).squeeze(-1)
 
 
+def _attend_in_splits(q_TNK, row_SK, width: int, scale: float, split_tokens: int):
+    """As `_attend`; every product is of one query token and one split, zeros behind the last key, so that all calls are
+    alike."""
+    tokens, (seq_len, row_elements) = len(q_TNK), row_SK.shape
+    padded_SK = row_SK.new_zeros(-(-seq_len // split_tokens) * split_tokens, row_elements)
+    padded_SK[:seq_len] = row_SK
+    visible = range(seq_len - tokens + 1, seq_len + 1)
+    answers = [
+        _merge(
+            _split_answers(q_NK.clone(), padded_SK, width, scale, split_tokens, keys), q_NK.new_zeros(len(q_NK), width)
+        )
+        for q_NK, keys in zip(q_TNK, visible, strict=True)
+    ]
+    out_TNL, lse_TN = zip(*answers, strict=True)
+    return torch.stack(out_TNL), torch.stack(lse_TN)
+
+
+def _split_answers(q_NK, padded_SK, width: int, scale: float, split_tokens: int, visible: int):
+    """(out_NL, lse_N) of one query token over each split that has one of its `visible` keys."""
+    for first in range(0, visible, split_tokens):
+        row_SK = padded_SK[first : first + split_tokens]
+        score_NS = torch.matmul(q_NK, row_SK.T).mul_(scale)
+        score_NS[:, visible - first :] = -torch.inf
+        top_N1 = score_NS.amax(-1, keepdim=True)
+        weight_NS = score_NS.sub_(top_N1).exp_()
+        total_N1 = weight_NS.sum(-1, keepdim=True)
+        yield torch.matmul(weight_NS, row_SK[:, :width]) / total_N1, (top_N1 + total_N1.log()).squeeze(-1)
+
+
+def _merge(answers, out_NL):
+    """Sum up answers over other keys each, in their order. `out_NL` is zeros."""
+    answers = list(answers)
+    if not answers:
+        return out_NL, out_NL.new_full(out_NL.shape[:1], -torch.inf)
+    top_N = torch.stack([lse_N for _, lse_N in answers]).amax(0)
+    total_N = torch.zeros_like(top_N)
+    for part_NL, lse_N in answers:
+        weight_N = (lse_N - top_N).exp()
+        total_N += weight_N
+        out_NL += part_NL * weight_N[:, None]
+    return out_NL / total_N[:, None], top_N + total_N.log()
+
+
 def run(
     q_latent_TNL,
     q_rope_TNR,
@@ -50,6 +94,7 @@ def run(
     lse_TN=None,
     workspace=None,
     cache_scale=None,
+    split_tokens=None,
 ):
     """Same contract as reference.decode."""
     tokens, width, batch = len(q_latent_TNL), q_latent_TNL.shape[-1], len(seq_lens_B)
@@ -76,5 +121,8 @@ def run(
         if cache_scale is not None:
             row_SK *= cache_scale
         q_TNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1).to(acc)
-        out_TNL[mine], lse_TN[mine] = _attend(q_TNK, row_SK, width, scale)
+        if split_tokens is None:
+            out_TNL[mine], lse_TN[mine] = _attend(q_TNK, row_SK, width, scale)
+        else:
+            out_TNL[mine], lse_TN[mine] = _attend_in_splits(q_TNK, row_SK, width, scale, split_tokens)
     return out_TNL, lse_TN

@@ -7,6 +7,7 @@ scratch depends on the GPU alone.
   1. Each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
      request was cut.
   2. Each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
+With `split_tokens` pieces are fixed splits (splits.py), and programs take turns at them.
 """
 
 from typing import NamedTuple
@@ -22,15 +23,13 @@ from mla_kernels.primitives import (
     LOG2_E,
     as_codes,
     decode_outputs,
-    dot,
-    dot_operand,
-    from_cache,
-    load_scale,
     reaching_all,
     refusals,
     require_adjacent,
     scratch,
 )
+from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
+from mla_kernels.triton_piece import answer, query_tokens
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S pieces. In kernels: `row` = query token within the request * N + head.
@@ -76,18 +75,6 @@ def _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD: tl.constexpr, BLOCK_
     return request, tl.sum(tl.where(mine, lens, 0)), piece, my_pieces, slot, request < batch
 
 
-@triton.jit
-def _query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
-    """First query token of a request, and how many it has."""
-    if RAGGED:
-        first = tl.load(query_start_ptr + request)
-        tokens = tl.load(query_start_ptr + request + 1) - first
-    else:
-        first = request * query_len
-        tokens = query_len
-    return first, tokens
-
-
 @triton.jit(
     do_not_specialize=["query_len", "batch", "pieces_wanted", "stride_table", "stride_lse_t", "stride_lse_n"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr"],
@@ -104,78 +91,58 @@ def _splitkv_kernel(
     request, seq_len, piece, pieces, slot, exists = _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD, BLOCK_T)
     if not exists:
         return
-    first_token, tokens = _query_tokens(query_start_ptr, request, query_len, RAGGED)
+    first_token, tokens = query_tokens(query_start_ptr, request, query_len, RAGGED)
     if (piece == 0) & (row_tile == 0):
         tl.store(plan_ptr + request * 2, pieces)
         tl.store(plan_ptr + request * 2 + 1, slot)
     if row_tile * BLOCK_M >= tokens * N:
         return
 
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, head = row // N, (row % N).to(tl.int64)
-    real = token < tokens
-    sees = seq_len - tokens + token  # position of the query itself: the last key it may see
-    c, r, t = tl.arange(0, L), tl.arange(0, R_PAD), tl.arange(0, BLOCK_T)
-    q_token = (first_token + token).to(tl.int64)
-    q_latent = tl.load(
-        q_latent_ptr + (q_token * stride_ql_t + head * stride_ql_n)[:, None] + c[None, :], mask=real[:, None], other=0.0
-    )
-    if R > 0:
-        q_rope = tl.load(
-            q_rope_ptr + (q_token * stride_qr_t + head * stride_qr_n)[:, None] + r[None, :],
-            mask=real[:, None] & (r[None, :] < R),
-            other=0.0,
-        )
-        q_rope = dot_operand(q_rope, UPCAST)
-    q_latent = dot_operand(q_latent, UPCAST)
+    answer(
+        request, seq_len, piece, pieces, slot, 0, row_tile, first_token, tokens, tokens,
+        (q_latent_ptr, q_rope_ptr, stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n),
+        (cache_ptr, block_table_ptr, cache_scale_ptr, stride_page, stride_token, stride_table),
+        (out_ptr, lse_ptr, stride_out_t, stride_out_n, stride_lse_t, stride_lse_n),
+        (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, 0,
+    )  # fmt: skip
 
-    # Pieces of one request differ by at most one tile.
-    tiles = tl.cdiv(seq_len, BLOCK_T)
-    first_tile = (tiles * piece) // pieces
-    end_tile = (tiles * (piece + 1)) // pieces
 
-    # The scale of all cached values is one of all scores, and of the output.
-    cache_scale = load_scale(cache_scale_ptr)
-    scale_log2 *= cache_scale
-
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, L), tl.float32)
-    for tile in range(first_tile, end_tile):
-        position = tile * BLOCK_T + t
-        valid = position < seq_len
-        if PAGE % BLOCK_T == 0:  # one page holds the whole tile
-            page = tl.load(block_table_ptr + request.to(tl.int64) * stride_table + tile * BLOCK_T // PAGE)
-        else:
-            page = tl.load(
-                block_table_ptr + request.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0
-            )
-        base = cache_ptr + (page.to(tl.int64) * stride_page + (position % PAGE) * stride_token)[:, None]
-        k_latent = from_cache(tl.load(base + c[None, :], mask=valid[:, None], other=0), q_latent.dtype)
-        score = dot(q_latent, tl.trans(k_latent), tl.zeros((BLOCK_M, BLOCK_T), tl.float32))
-        if R > 0:
-            k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0)
-            score = dot(q_rope, tl.trans(from_cache(k_rope, q_rope.dtype)), score)
-        score = tl.where(position[None, :] <= sees[:, None], score * scale_log2, -float("inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing: exp2(-inf - 0) = 0
-        rescale = tl.exp2(top - shift)
-        weight = tl.exp2(score - shift[:, None])
-        total = total * rescale + tl.sum(weight, 1)
-        acc = dot(weight.to(k_latent.dtype), k_latent, acc * rescale[:, None])
-        top = new_top
-
-    total = tl.where(total > 0, total, 1.0)  # a row that has seen nothing: 0 / 1, and its top is -inf
-    acc = acc * (cache_scale / total)[:, None]
-    lse = top + tl.log2(total)
-    if pieces == 1:
-        at_out = (q_token * stride_out_t + head * stride_out_n)[:, None] + c[None, :]
-        tl.store(out_ptr + at_out, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
-        tl.store(lse_ptr + q_token * stride_lse_t + head * stride_lse_n, lse * LN_2, mask=real)
-    else:
-        at_part = ((slot + piece).to(tl.int64) * tl.num_programs(0) + row_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(part_ptr + at_part[:, None] * L + c[None, :], acc, mask=real[:, None])
-        tl.store(part_lse_ptr + at_part, lse, mask=real)
+@triton.jit(
+    do_not_specialize=["query_len", "batch", "window", "turn", "stride_table", "stride_lse_t", "stride_lse_n"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "lse_ptr"],
+)
+def _fixed_splits_kernel(
+    q_latent_ptr, q_rope_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_ptr, out_ptr, lse_ptr,
+    part_ptr, part_lse_ptr, cache_scale_ptr, scale_log2, query_len, batch, window, turn,
+    stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n, stride_page, stride_token, stride_table,
+    stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
+    N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
+    RAGGED: tl.constexpr, B_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Programs share the splits of a turn: see splits.py."""
+    row_tile, b = tl.program_id(0), tl.arange(0, B_PAD)
+    lens = tl.load(seq_lens_ptr + b, mask=b < batch, other=0)
+    splits = tl.where(b < batch, tl.maximum(tl.cdiv(lens, SPLIT), 1), 0)
+    end = tl.cumsum(splits, 0)
+    first = tl.sum(tl.where(end - splits < turn * window, splits, 0))
+    stop = tl.sum(tl.where(end - splits < (turn + 1) * window, splits, 0))
+    for item in range(first + tl.program_id(1), stop, tl.num_programs(1)):
+        request = tl.sum((end <= item).to(tl.int32))
+        mine = b == request
+        seq_len, pieces = tl.sum(tl.where(mine, lens, 0)), tl.sum(tl.where(mine, splits, 0))
+        piece = item - tl.sum(tl.where(mine, end - splits, 0))
+        first_token, tokens = query_tokens(query_start_ptr, request, query_len, RAGGED)
+        announced = tl.minimum(tokens, query_len)  # others have no scratch
+        if row_tile * BLOCK_M < announced * N:
+            answer(
+                request, seq_len, piece, pieces, item - turn * window, query_len * N, row_tile,
+                first_token, tokens, announced,
+                (q_latent_ptr, q_rope_ptr, stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n),
+                (cache_ptr, block_table_ptr, cache_scale_ptr, stride_page, stride_token, stride_table),
+                (out_ptr, lse_ptr, stride_out_t, stride_out_n, stride_lse_t, stride_lse_n),
+                (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, SPLIT,
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -189,7 +156,7 @@ def _merge_kernel(
 ):  # fmt: skip
     row, request, column = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pieces, slot = tl.load(plan_ptr + request * 2), tl.load(plan_ptr + request * 2 + 1)
-    first_token, tokens = _query_tokens(query_start_ptr, request, query_len, RAGGED)
+    first_token, tokens = query_tokens(query_start_ptr, request, query_len, RAGGED)
     if (pieces == 1) | (row >= tokens * N):
         return
 
@@ -274,10 +241,15 @@ def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device, f
 def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """(shape, dtype) of the scratch tensors that `run` takes, for up to `max_requests` requests.
 
-    Partial outputs, their base-2 LSE, and two integers a request. The first two depend on the GPU and the tile alone.
+    Partial outputs, their base-2 LSE, and two integers a request. The first two depend on the GPU and the tile alone;
+    with fixed splits they are as splits.py says, and there are no integers.
     """
     most = problem.geometry.num_heads * problem.max_query_len
     layout = problem.layout
+    if problem.split_tokens:
+        return shapes(
+            reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), layout.geometry.kv_lora_rank
+        )
     sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
     rows = max(_scratch_rows(min(rows, most), *sizes) for rows in (16, 32, 64, most))
     return _scratch_shapes(rows, problem.geometry.kv_lora_rank, max_requests)
@@ -301,6 +273,7 @@ def run(
     lse_TN=None,
     workspace=None,
     cache_scale=None,
+    split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
     T, N, L = q_latent_TNL.shape
@@ -312,41 +285,61 @@ def run(
     if B == 0 or T == 0:
         return out_TNL, lse_TN
 
-    sizes = (query_len * N, cache_AGK.shape[2], q_latent_TNL.element_size(), device, cache_AGK.dtype == E4M3)
+    rows = query_len * N if split_tokens is None else N  # tiles of other heights may have other bits
+    sizes = (rows, cache_AGK.shape[2], q_latent_TNL.element_size(), device, cache_AGK.dtype == E4M3)
     tile = _tile(*sizes)
-    row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
-    shapes = _scratch_shapes(_scratch_rows(*sizes), L, B)
-    part, part_lse, plan = scratch(workspace, shapes, cache_AGK.device)
-
-    common = {"N": N, "L": L, "RAGGED": ragged}
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
+    inputs = (q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN)
     out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
-    _splitkv_kernel[(row_tiles, pieces + B)](
-        q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN,
-        part, part_lse, plan, cache_scale, scale * LOG2_E.value, query_len, B, pieces,
-        q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1),
-        cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides,
-        R=R, R_PAD=max(16, triton.next_power_of_2(R)), PAGE=cache_AGK.shape[1], B_PAD=_batch_bucket(B),
-        BLOCK_M=tile.rows, BLOCK_T=tile.tokens, UPCAST=device.interpreted, **common,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    columns = _merge_columns(L, B * query_len * N)
-    _merge_kernel[(query_len * N, B, L // columns)](
-        out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
-        BLOCK_S=_MERGE_VALUES // columns, COLUMNS=columns, **common, num_warps=4,
-    )  # fmt: skip
+    strides = (
+        *(q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1)),
+        *(cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides),
+    )
+    common = {"N": N, "L": L, "RAGGED": ragged}
+    constants = {
+        **{"R": R, "R_PAD": max(16, triton.next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B)},
+        **{"BLOCK_M": tile.rows, "BLOCK_T": tile.tokens, "UPCAST": device.interpreted, **common},
+        **{"num_warps": tile.warps, "num_stages": tile.stages},
+    }
+    row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
+    if split_tokens is None:
+        needed = _scratch_shapes(_scratch_rows(*sizes), L, B)
+        part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
+        _splitkv_kernel[(row_tiles, pieces + B)](
+            *inputs, part, part_lse, plan, cache_scale, scale * LOG2_E.value, query_len, B, pieces, *strides,
+            **constants,
+        )  # fmt: skip
+        columns = _merge_columns(L, B * query_len * N)
+        _merge_kernel[(query_len * N, B, L // columns)](
+            out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
+            BLOCK_S=_MERGE_VALUES // columns, COLUMNS=columns, **common, num_warps=4,
+        )  # fmt: skip
+        return out_TNL, lse_TN
+
+    part, part_lse, turns = prepare(workspace, (query_len * N, L), block_table_BM, cache_AGK, split_tokens=split_tokens)
+    for turn in range(turns.count):
+        _fixed_splits_kernel[(row_tiles, min(pieces, turns.most_splits))](
+            *inputs, part, part_lse, cache_scale, scale * LOG2_E.value, query_len, B, turns.window, turn, *strides,
+            SPLIT=split_tokens, **constants,
+        )  # fmt: skip
+        merge_splits(
+            out_TNL, lse_TN, part, part_lse, seq_lens_B, query_start_B1,
+            query_len=query_len, split_tokens=split_tokens, turns=turns, turn=turn, device=device, overlap=False,
+        )  # fmt: skip
     return out_TNL, lse_TN
 
 
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
     """(requests, query tokens of each) of calls that between them take every form that kernels have for up to
     `max_requests` requests of any of `query_lens` tokens."""
-    layout, heads = problem.layout, problem.geometry.num_heads
+    layout, heads, latent = problem.layout, problem.geometry.num_heads, problem.geometry.kv_lora_rank
     sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
 
     def forms(requests, query_len):
-        columns = _merge_columns(problem.geometry.kv_lora_rank, requests * query_len * heads)
-        return (_tile(query_len * heads, *sizes), _batch_bucket(requests)), ("merge", columns)
+        rows = query_len * heads
+        if problem.split_tokens:  # tiles go by the heads alone
+            return ("splits", _batch_bucket(requests)), ("merge", merge_columns(requests, rows, latent))
+        return (_tile(rows, *sizes), _batch_bucket(requests)), ("merge", _merge_columns(latent, requests * rows))
 
     return reaching_all(forms, max_requests, query_lens)
 
