@@ -69,7 +69,7 @@ def _compile_nothing(note, function: JITFunction, key, signature, device, *_):
 
 
 def gluon_sm90_ragged():
-    """The kernel's module, which launches what is compiled past Triton, and counts tiles in memory of a real GPU."""
+    """The kernel's module, which launches what is compiled past Triton."""
     return import_module("mla_kernels.prefill.gluon_sm90_ragged")
 
 
@@ -88,4 +88,3 @@ def pretend(device: Device, note: Callable[[list], None] = COMPILED.append) -> N
     driver.set_active(_Driver(device))
     JITFunction._do_compile = lambda *args: _compile_nothing(note, *args)
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # engines choke on numbers that are none
-    gluon_sm90_ragged()._counter = lambda device: torch.zeros(1, dtype=torch.int32)

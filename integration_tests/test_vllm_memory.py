@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from mla_backend.memory import CONTEXT_ROWS
-from mla_backend.vllm_adapter import compat, impl, memory
+from mla_backend.vllm_adapter import compat, memory
 from mla_backend.vllm_adapter.impl import MLAImpl
 from mla_kernels import CacheLayout, MLAGeometry, Problem, format_of
 
@@ -66,10 +66,11 @@ def test_rows_for_many_requests(monkeypatch, packed, rows):
     assert memory.context_rows(server(requests=1024)) == rows
 
 
-def implementation(monkeypatch, heads: int, vllm_config, *, own_prefill=True) -> MLAImpl:
-    """A layer of a server; its __init__ wants an engine, and what is tested here wants these."""
-    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: vllm_config)
+def implementation(heads: int, vllm_config, *, own_prefill=True) -> MLAImpl:
+    """A layer of a server; its __init__ wants an engine, and what is tested here wants these. No config is current, as
+    in steps of vLLM without requests."""
     made = object.__new__(MLAImpl)
+    made._vllm_config = vllm_config
     made.attention, made._own_prefill = SimpleNamespace(problem=problem(heads)), own_prefill
     made._scratch_shapes, made._device = (), torch.device("cpu")
     return made
@@ -78,7 +79,7 @@ def implementation(monkeypatch, heads: int, vllm_config, *, own_prefill=True) ->
 @pytest.mark.parametrize(("context", "own_prefill", "taken"), [(131072, True, 0), (512, True, 1), (512, False, 0)])
 def test_the_profile_of_0_33_counts_what_is_left(monkeypatch, context, own_prefill, taken):
     config, sizes, empty = server(context=context, requests=8), [], torch.empty
-    made = implementation(monkeypatch, 16, config, own_prefill=own_prefill)
+    made = implementation(16, config, own_prefill=own_prefill)
     monkeypatch.setattr(torch, "empty", lambda size, **options: sizes.append(size) or empty(0, **options))
     made.reserve_workspace()
     left = memory.step_bytes(config, problem(16)) - memory.profiled_bytes(config, problem(16))
@@ -97,12 +98,12 @@ def test_the_profile_of_0_33_counts_what_is_left(monkeypatch, context, own_prefi
 def test_the_log_says_whether_there_is_room(monkeypatch, context, counted, said):
     config = server(context=context, requests=8)
     monkeypatch.setattr(compat, "counts_our_steps", lambda: counted)
-    assert re.search(said, implementation(monkeypatch, 16, config)._say_memory(config))
+    assert re.search(said, implementation(16, config)._say_memory(config))
 
 
 def test_scratch_without_the_memory_of_vllm_is_shared_and_reserved(monkeypatch):
     """On a CPU vLLM has no workspace; layers then share one of ours, and nobody allocates in a step."""
-    layers = [implementation(monkeypatch, 16, server()) for _ in range(2)]
+    layers = [implementation(16, server()) for _ in range(2)]
     for layer in layers:
         layer._scratch_shapes = (((7,), torch.float32),)
     first, second = (layer._scratch()[0] for layer in layers)

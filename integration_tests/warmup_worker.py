@@ -25,6 +25,7 @@ SPEC = {
     "max_requests": 300,
     "uniform": [1],
     "ragged": [1],
+    "joined": False,
     "tiled": [],
     "split_tokens": None,
 }
@@ -73,6 +74,7 @@ class Server:
             uniform=self.spec["uniform"],
             ragged=self.spec["ragged"],
             tiled=self.spec["tiled"],
+            joined=self.spec["joined"],
         )
         return warmup.calls(self.attention, traffic, torch.device("cpu"), self.scratch, self.cache_scale is not None)
 
@@ -115,16 +117,17 @@ class Server:
         self._attend_latent(sum(lens), step)
 
     def _attend_latent(self, tokens: int, step) -> None:
-        heads, nope = self.geometry.num_heads, self.geometry.qk_nope_head_dim
-        absorbed_NTL = torch.zeros(heads, tokens, self.geometry.kv_lora_rank, dtype=self.dtype)  # a product per head
-        self.attention.decode(
-            absorbed_NTL.transpose(0, 1),
-            torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)[..., nope:],
-            self.cache_AGK,
-            step,
-            workspace=self.scratch,
-            cache_scale=self.cache_scale,
-        )
+        options = {"workspace": self.scratch, "cache_scale": self.cache_scale}
+        self.attention.decode(*self._queries(tokens), self.cache_AGK, step, **options)
+
+    def _queries(self, tokens: int):
+        heads, nope, latent = self.geometry.num_heads, self.geometry.qk_nope_head_dim, self.geometry.kv_lora_rank
+        if self.spec["joined"]:
+            q_TNK = torch.zeros(tokens, heads, self.geometry.latent_dim, dtype=self.dtype)
+            return q_TNK[..., :latent], q_TNK[..., latent:]
+        absorbed_NTL = torch.zeros(heads, tokens, latent, dtype=self.dtype)  # a product per head
+        q_TNQ = torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)
+        return absorbed_NTL.transpose(0, 1), q_TNQ[..., nope:]
 
     def _prefill(self, new: list[int], old: list[int]) -> None:
         from mla_backend.steps import PrefillStep, plan_context

@@ -26,6 +26,7 @@ class Traffic:
         where they have uneven numbers.  tiled: query tokens of the tiles that longer ones are cut into, if they are.
     page_size: tokens of a page of the cache.  slots: dtype of the slots that are written to.
     merged: width of outputs that are merged; None is that of values.
+    joined: whether latent and rotary parts of absorbed queries are slices of one tensor.
     """
 
     max_requests: int
@@ -35,6 +36,7 @@ class Traffic:
     tiled: Sequence[int] = ()
     slots: torch.dtype = torch.int64
     merged: int | None = None
+    joined: bool = False
 
 
 def warm_up(
@@ -129,20 +131,21 @@ class _Tensors:
         self._attention.merge(out_1NV, lse_1N, out_1NV.clone(), lse_1N.clone())
 
     def decode(self, requests: int, query_len: int, ragged: bool, scratch, scale) -> None:
-        geometry = self._geometry
         tokens = 1 if ragged else requests * query_len  # kernels go by what a request can have at most
-        q_TNQ = self._new(tokens, geometry.num_heads, geometry.qk_head_dim)
         step = DecodeStep(
             block_table_BM=self._ints(requests, 1),
             seq_lens_B=self._ints(requests),
             query_len=query_len,
             query_start_B1=self._ints(requests + 1) if ragged else None,
         )
-        self._attention.decode(
-            self._new(tokens, geometry.num_heads, geometry.kv_lora_rank),
-            q_TNQ[..., geometry.qk_nope_head_dim :],
-            self._cache_AGK,
-            step,
-            workspace=scratch,
-            cache_scale=scale,
-        )
+        self._attention.decode(*self._queries(tokens), self._cache_AGK, step, workspace=scratch, cache_scale=scale)
+
+    def _queries(self, tokens: int):
+        """Latent and rotary parts of absorbed queries."""
+        geometry = self._geometry
+        if self._traffic.joined:
+            q_TNK = self._new(tokens, geometry.num_heads, geometry.latent_dim)
+            return q_TNK.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
+        q_TNQ = self._new(tokens, geometry.num_heads, geometry.qk_head_dim)
+        latent_TNL = self._new(tokens, geometry.num_heads, geometry.kv_lora_rank)
+        return latent_TNL, q_TNQ[..., geometry.qk_nope_head_dim :]

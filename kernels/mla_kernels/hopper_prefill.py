@@ -177,10 +177,9 @@ def load(
     """One warp: claims tiles until there are no more, and fills the buffers.
 
     The first tile is the program's own number; others are claimed shortly before they are needed, so that programs
-    which are ahead take more. Whoever claims last sets the counter back to 0, for the next launch.
+    which are ahead take more.
     """
     q_desc, q_stride = queries
-    claim = -1
     first = 0
     before = 0
     block = 0
@@ -216,8 +215,6 @@ def load(
         count += 1
     _tell(smem, count, 0, 0, 0, 0, 0, 0)
     _load_nothing(block, count, smem)
-    if claim == before + gl.max(ends, 0) - 1:  # a program claims as many tiles as it gets: claims are tiles
-        gl.store(batch.claimed, 0)
 
 
 @gluon.jit

@@ -321,8 +321,6 @@ def compile_kernel(operation: str, kernel, device: Device):
     """Rows that say what each variant of a kernel became on `device`."""
     module = kernel.load()
     module.device_of = lambda where: device
-    if hasattr(module, "_counter"):  # it asks CUDA for streams
-        module._counter = lambda device: torch.zeros(1, dtype=torch.int32)
     for name, problem, launch in variants(operation, kernel.name):
         row = {"operation": operation, "kernel": kernel.name, "variant": name, "dtype": str(problem.dtype)}
         row["cache"] = problem.layout.format.name

@@ -11,7 +11,7 @@ from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.memory import CONTEXT_ROWS
 from mla_backend.scratch import Scratch
-from mla_backend.sglang_adapter import NAME, compat, logger
+from mla_backend.sglang_adapter import NAME, compat, forward_method, logger
 from mla_backend.sglang_adapter.graphs import GraphBuffers
 from mla_backend.sglang_adapter.metadata import (
     ExtendMetadata,
@@ -38,8 +38,11 @@ SHORT_TABLE_PAGE = 16  # tokens a page, from which on a block table of the longe
 class SGLangMLABackend(AttentionBackend):
     """What `--attention-backend mla_backend` selects, and `--prefill-` or `--decode-attention-backend` of that name."""
 
-    def __init__(self, runner):
-        """Raises ValueError with every reason why this model runner cannot use us."""
+    def __init__(self, runner, *, branches: int = 1):
+        """branches: requests of ours that each of SGLang's can be in a batch of decode.
+
+        Raises ValueError with every reason why this model runner cannot use us.
+        """
         super().__init__()
         facts = Facts.of_runner(runner)
         self.problem, self.long_problem = make_problem(facts)
@@ -60,7 +63,7 @@ class SGLangMLABackend(AttentionBackend):
         self.tables = PageTables(self.req_to_token_pool.req_to_token, self.problem.layout.page_size)
         where = self.req_to_token_pool.req_to_token.device
         self._graph, self._scratch, self._reserved = None, Scratch(where), 0
-        requests = self.req_to_token_pool.req_to_token.shape[0]
+        requests = self.req_to_token_pool.req_to_token.shape[0] * branches
         attention = self._attention(scale=self.problem.geometry.softmax_scale)
         self.reserve(requests)
         said = attention.describe(max_requests=requests)
@@ -93,7 +96,12 @@ class SGLangMLABackend(AttentionBackend):
         where, page_size = self.req_to_token_pool.req_to_token.device, self.problem.layout.page_size
         (short, _), *others = self._decoders(requests)
         most, scratch = self.problem.max_query_len, self._take(short, requests)
-        traffic = Traffic(max_requests=requests, page_size=page_size, uniform=sorted({1, self._draft_tokens}))
+        traffic = Traffic(
+            max_requests=requests,
+            page_size=page_size,
+            uniform=sorted({1, self._draft_tokens}),
+            joined=forward_method.joins_queries(facts.model_config),
+        )
         if self.problem.split_tokens:
             traffic = replace(traffic, tiled=(tile_tokens(facts.heads),))
             return warm_up(short, traffic, where, scratch=scratch, operations=("decode", "cache_write"))
@@ -104,8 +112,8 @@ class SGLangMLABackend(AttentionBackend):
         if drafts_trees(facts.arguments):
             merged = self.problem.geometry.kv_lora_rank
             for (attention, its_requests), tokens in zip(tree, (page_size, 1), strict=True):
-                traffic = Traffic(max_requests=its_requests, page_size=tokens, merged=merged)
-                said.append(warm_up(attention, traffic, where, scratch=self._take(attention, its_requests)))
+                trees = Traffic(max_requests=its_requests, page_size=tokens, merged=merged, joined=traffic.joined)
+                said.append(warm_up(attention, trees, where, scratch=self._take(attention, its_requests)))
         return "; ".join(filter(None, said))
 
     def _take(self, attention: MLAAttention, requests: int) -> list[torch.Tensor]:

@@ -45,10 +45,8 @@ class MLAMultiStepDraft:
 
     def __init__(self, runner, topk: int, steps: int):
         self.topk, self._steps = topk, steps
-        self.attn_backends = [SGLangMLABackend(runner) for _ in range(steps - 1)]
+        self.attn_backends = [SGLangMLABackend(runner, branches=topk) for _ in range(steps - 1)]
         self.needs_cpu_seq_lens = self.attn_backends[0].needs_cpu_seq_lens
-        # Each branch is a request of its own.
-        self.attn_backends[0].reserve(runner.req_to_token_pool.req_to_token.shape[0] * topk)
         self._share_scratch()
 
     def _share_scratch(self) -> None:

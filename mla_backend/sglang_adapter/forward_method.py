@@ -20,14 +20,19 @@ def take_over(model_config, *, absorb_all: bool = False) -> None:
     A model that scales its queries by position gets the concatenation: SGLang applies that factor to it alone. So does
     its draft model, whatever that does: SGLang asks by our name, and one process has both.
     """
-    scaled_before = handlers.AttentionBackendRegistry.get_handler(NAME) is _absorbed
-    scales_queries = scaled_before or _scales_queries(model_config)
+    joined = joins_queries(model_config)
     method = _latent if absorb_all else _cheaper
-    handlers.AttentionBackendRegistry.register(NAME, _absorbed if scales_queries else method)
-    if scales_queries and NAME in TAKES_ROPE_APART:
+    handlers.AttentionBackendRegistry.register(NAME, _absorbed if joined else method)
+    if joined and NAME in TAKES_ROPE_APART:
         TAKES_ROPE_APART.remove(NAME)
-    elif not scales_queries and NAME not in TAKES_ROPE_APART:
+    elif not joined and NAME not in TAKES_ROPE_APART:
         TAKES_ROPE_APART.append(NAME)
+
+
+def joins_queries(model_config) -> bool:
+    """Whether latent and rotary parts of queries come joined."""
+    scaled_before = handlers.AttentionBackendRegistry.get_handler(NAME) is _absorbed
+    return scaled_before or _scales_queries(model_config)
 
 
 def _scales_queries(model_config) -> bool:

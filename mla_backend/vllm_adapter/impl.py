@@ -53,7 +53,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         super().__init__(*args, **kwargs)
         _refuse_unknown_features(**inspect.signature(super().__init__).bind(*args, **kwargs).arguments)
         self.supports_quant_query_input = False  # our decode takes queries in the model's dtype
-        vllm_config = get_current_vllm_config()
+        self._vllm_config = vllm_config = get_current_vllm_config()
         problem = make_problem(
             vllm_config,
             dtype=torch.get_default_dtype(),
@@ -78,9 +78,10 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         return _own_scratch(self._device, self._scratch_shapes).take(self._scratch_shapes)
 
     def reserve_workspace(self) -> None:
-        """vLLM (0.33) profiles memory: take for a moment what a step takes beyond what it counts itself."""
+        """vLLM (0.33) profiles memory, or runs a step without requests: take for a moment what a step takes beyond what
+        vLLM counts itself. Outside of its profile vLLM may have no current config."""
         self._scratch()
-        ours, counted = self._step_memory(get_current_vllm_config())
+        ours, counted = self._step_memory(self._vllm_config)
         torch.empty(max(ours - counted, 0), dtype=torch.uint8, device=self._device)
 
     def _step_memory(self, vllm_config) -> tuple[int, int]:

@@ -5,7 +5,6 @@ queries, keys and values by TMA, from where the projection left them: keys are n
 64 of the queries each and take turns on the tensor cores (hopper_prefill.py).
 """
 
-from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -26,8 +25,6 @@ from mla_kernels.primitives import LOG2_E, require_adjacent
 # Of keys and values that run side by side. Measured on an H200: with 16 to 48 MiB, which its L2 holds too, 4 x 4096
 # tokens and 128 heads took 11 to 15 % longer.
 _L2_BYTES = 8 << 20
-
-_COUNTERS = 1 << 12
 
 
 @gluon.jit(
@@ -173,28 +170,6 @@ def _describe(x, box):
     return _descriptor(x.data_ptr(), x.dtype, x.shape, x.stride(), box)
 
 
-@cache
-def _counters(index: int) -> Iterator[torch.Tensor]:
-    """Zeros on a GPU, 128 bytes apart, for launches to claim tiles from; each leaves its own at zero."""
-    zeros = torch.zeros(_COUNTERS, 32, dtype=torch.int32, device=f"cuda:{index}")
-    torch.cuda.synchronize(index)  # other streams than this one will use them
-    return iter(zeros)
-
-
-@cache
-def _counter_of_stream(index: int, stream: int) -> torch.Tensor:
-    return next(_counters(index))
-
-
-def _counter(device: torch.device) -> torch.Tensor:
-    """A zero that no launch which may run beside this one claims tiles from: one for each stream, whose launches run
-    one after the other, and one for each launch that is captured, since replays of a graph do."""
-    if not torch.cuda.is_current_stream_capturing():
-        return _counter_of_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
-    made = next(_counters(device.index), None) if _counters.cache_info().currsize else None
-    return torch.zeros(1, dtype=torch.int32, device=device) if made is None else made  # captured, too
-
-
 def _kind(x: int) -> tuple:
     """What Triton's code for an integer argument depends on."""
     return x % 16, x == 1, x >= 2**31
@@ -255,6 +230,8 @@ def run(
     block = _block(device, Q, V)
     q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
     k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
+    # Zeroed by each launch: one that relied on those before would never recover from memory that an engine took away.
+    claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
     kinds = _kinds(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
     _launch(
         (causal, Q, R, V, *kinds), device.num_sms,
@@ -263,7 +240,7 @@ def run(
         _describe(k_rope_SNR, (block, COLUMNS.value)),
         _describe(v_SNV, (block, V)),
         q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
-        query_start_B1, key_start_B1, B, N, _counter(q_TNQ.device), _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
+        query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
         out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
         C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
     )  # fmt: skip
