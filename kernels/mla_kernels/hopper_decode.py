@@ -81,11 +81,7 @@ def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
     With fixed splits multiply and subtract are one instruction by name. Otherwise the compiler fuses them in one of the
     two places that need weights and not in the other, and whether a row goes through the other is up to all rows.
     """
-    if SPLIT > 0:  # noqa: SIM108 (a condition at compile time)
-        weight = gl.exp2(gl.fma(s, scale_log2, -top[:, None]))
-    else:
-        weight = gl.exp2(s * scale_log2 - top[:, None])
-    return weight
+    return gl.exp2(gl.fma(s, scale_log2, -top[:, None]) if SPLIT > 0 else s * scale_log2 - top[:, None])
 
 
 @gluon.jit
