@@ -198,7 +198,7 @@ LEAVES = {
     "cache_layout": ("geometry",),
     "reference": ("geometry", "device", "cache_layout"),
     "primitives": ("geometry", "device", "cache_layout"),
-    "hopper": (),
+    "hopper": ("device",),
     "schedule": ("hopper",),
     "split_merge": ("primitives",),
     "splits": ("primitives",),

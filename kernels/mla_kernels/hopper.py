@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
+from mla_kernels.device import Device
+
 # Triton 3.8 renamed these; 3.9 refuses the old names. Remove the old ones with Triton 3.7.
 tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)
 cp_async = getattr(async_copy, "async_load", None) or getattr(async_copy, "async_copy_global_to_shared", None)
@@ -14,6 +16,19 @@ barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  #
 KNOWN_GLUON = all((tma_load, cp_async, barrier)) and (
     "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
 )
+
+
+def device_refusals(device: Device) -> list[str]:
+    """Why no kernel of ours in Gluon for Hopper can run on `device`."""
+    reasons = []
+    if not KNOWN_GLUON:
+        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
+    if device.kind != "cuda" or device.arch != 90:
+        reasons.append(f"needs sm_90, got {device}")
+    elif device.interpreted:
+        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
+    return reasons
+
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 

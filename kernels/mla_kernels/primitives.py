@@ -57,6 +57,16 @@ def decode_outputs(q_latent_TNL, requests: int, query_len: int, *, ragged: bool,
     return out_TNL, lse_TN
 
 
+def prefill_outputs(q_TNQ, v_width: int, out_TNV=None, lse_TN=None):
+    """The out_TNV and lse_TN of a prefill: those given, or new ones, of 0 and -inf in rows that no request owns."""
+    shape = q_TNQ.shape[:2]
+    if out_TNV is None:
+        out_TNV = q_TNQ.new_zeros(*shape, v_width)
+    if lse_TN is None:
+        lse_TN = q_TNQ.new_full(shape, -torch.inf, dtype=torch.float32)
+    return out_TNV, lse_TN
+
+
 def reaching_all(forms, max_requests: int, query_lens) -> list[tuple[int, int]]:
     """(requests, query tokens) of a few calls, small ones first, that between them have every form of all calls.
 

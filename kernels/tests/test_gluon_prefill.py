@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, hopper
 
 pytest.importorskip("triton")
 KERNEL = next(k for k in OPERATIONS["prefill"] if k.name == "gluon_sm90_ragged")
@@ -64,7 +64,7 @@ def test_refusals_come_all_at_once():
 
 
 def test_an_old_gluon_is_a_reason(monkeypatch):
-    monkeypatch.setattr(KERNEL.load(), "KNOWN_GLUON", False)
+    monkeypatch.setattr(hopper, "KNOWN_GLUON", False)
     assert KERNEL.unsupported(problem_for(), H200) == [
         "needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments"
     ]

@@ -60,6 +60,15 @@ def peers_option(known: tuple[str, ...]):
     )
 
 
+DecodeCases = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
+]
+DecodeKernel = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
+]
+PageSize = Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")]
 CSVFile = Annotated[
     pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write one row a case, as each ends.")
 ]
@@ -69,15 +78,9 @@ Picture = Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", dir_ok
 @bench.command()
 def decode(
     against: Annotated[str, peers_option(PEERS)] = ",".join(PEERS),
-    cases: Annotated[
-        str | None,
-        typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
-    ] = None,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")] = 64,
-    kernel: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
-    ] = None,
+    cases: DecodeCases = None,
+    page_size: PageSize = 64,
+    kernel: DecodeKernel = None,
     csv: CSVFile = None,
     plot: Picture = None,
 ) -> None:
@@ -130,15 +133,9 @@ def prefill(
 
 @bench.command()
 def invariance(
-    cases: Annotated[
-        str | None,
-        typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `b128 .* h16 q1` or `mixed|four`."),
-    ] = None,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")] = 64,
-    kernel: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
-    ] = None,
+    cases: DecodeCases = None,
+    page_size: PageSize = 64,
+    kernel: DecodeKernel = None,
 ) -> None:
     """Time batch-invariant decode beside the ordinary one, after every case has agreed with float32 attention."""
     from mla_backend.bench import invariance as benchmark

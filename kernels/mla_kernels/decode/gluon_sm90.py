@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
+from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
 from mla_kernels.hopper_decode import Shared, accumulate, attend
 from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE, Cache, gather_keys, load_keys
 from mla_kernels.primitives import LOG2_E, decode_outputs, reaching_all, require_adjacent, scratch
@@ -116,14 +116,8 @@ def _decode_kernel(
 
 
 def unsupported(problem, device: Device) -> list[str]:
-    reasons = []
-    if not KNOWN_GLUON:
-        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
+    reasons = device_refusals(device)
     geometry, layout = problem.geometry, problem.layout
-    if device.kind != "cuda" or device.arch != 90:
-        reasons.append(f"needs sm_90, got {device}")
-    elif device.interpreted:
-        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
     if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype != problem.dtype:
         got = f"{problem.dtype} and {layout.format.dtype}"
         reasons.append(f"queries and cache must both be bfloat16 or both float16, got {got}")

@@ -15,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper import KNOWN_GLUON, SWIZZLED, barrier
+from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
 from mla_kernels.hopper_prefill import COLUMNS, FIELDS, ROWS, Batch, Shared, attend, load
-from mla_kernels.primitives import LOG2_E, require_adjacent
+from mla_kernels.primitives import LOG2_E, prefill_outputs, require_adjacent
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
 # memory end in _s.
@@ -107,13 +107,7 @@ def _block(device: Device, qk_width: int, v_width: int) -> int | None:
 
 
 def unsupported(problem, device: Device) -> list[str]:
-    reasons = []
-    if not KNOWN_GLUON:
-        reasons.append("needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments")
-    if device.kind != "cuda" or device.arch != 90:
-        reasons.append(f"needs sm_90, got {device}")
-    elif device.interpreted:
-        reasons.append("needs a GPU: Triton's interpreter does not run Gluon")
+    reasons = device_refusals(device)
     if problem.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"queries must be bfloat16 or float16, got {problem.dtype}")
     geometry = problem.geometry
@@ -216,10 +210,7 @@ def run(
     """
     T, N, Q = q_TNQ.shape
     P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
-    if out_TNV is None:
-        out_TNV = q_TNQ.new_zeros(T, N, V)
-    if lse_TN is None:
-        lse_TN = q_TNQ.new_full((T, N), -torch.inf, dtype=torch.float32)
+    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN)
     require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     B = len(query_start_B1) - 1
     if T == 0 or B == 0:

@@ -9,12 +9,11 @@ Keys are never concatenated: a score is the sum of a nope and a rope product, bo
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, refusals, require_adjacent
+from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, prefill_outputs, refusals, require_adjacent
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. In kernels:
 # M queries of a tile, K keys of a block. Widths that are no power of two are cut into two column ranges,
@@ -216,12 +215,9 @@ def run(
 
     All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
     """
-    T, N, _ = q_TNQ.shape
+    N = q_TNQ.shape[1]
     P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
-    if out_TNV is None:
-        out_TNV = q_TNQ.new_zeros(T, N, V)
-    if lse_TN is None:
-        lse_TN = q_TNQ.new_full((T, N), -torch.inf, dtype=torch.float32)
+    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN)
     require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     device = device_of(q_TNQ)
     (P1, P2), (V1, V2) = _ranges(P), _ranges(V)
