@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from bench_mistakes import MISTAKES, make_mistake
 from bench_rows import FACTS, row
 
-from mla_backend.attention import MLAAttention
 from mla_backend.bench import compare, decode, peers, results
 from mla_backend.bench.cases import CASES, Case, chosen_cases
 from mla_backend.bench.machine import BenchmarkError
@@ -101,22 +101,6 @@ def test_cost_of_invariance_is_a_ratio(monkeypatch, capsys, config):
     assert "1.15 in geometric mean, 1.15 at worst" in capsys.readouterr().out
 
 
-def wrong_output(out, lse, call):
-    out[7, 1, 300] += 0.01
-
-
-def wrong_lse(out, lse, call):
-    lse[4, 0] += 0.01
-
-
-def unwritten_row(out, lse, call):
-    out[9] = torch.empty_like(out[9])
-
-
-def wrong_second_call(out, lse, call):
-    out[0, 0, 0] += call - 1
-
-
 def test_poisoned_memory():
     with compare.poisoned_memory():
         assert torch.empty(4, 4).isnan().all()
@@ -125,17 +109,9 @@ def test_poisoned_memory():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("spoil", [wrong_output, wrong_lse, unwritten_row, wrong_second_call])
-def test_verify_catches(monkeypatch, config, spoil):
-    right, calls = MLAAttention.decode, []
-
-    def wrong(self, *args, **kwargs):
-        out, lse = right(self, *args, **kwargs)
-        calls.append(1)
-        spoil(out, lse, len(calls))
-        return out, lse
-
-    monkeypatch.setattr(MLAAttention, "decode", wrong)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verify_catches(monkeypatch, config, mistake):
+    make_mistake(monkeypatch, "decode", mistake)
     with pytest.raises(BenchmarkError, match=r"wrong answer of \w+ in case tiny b4 s33 h2 q3"):
         verify(config)
 

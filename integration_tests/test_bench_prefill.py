@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from bench_mistakes import MISTAKES, make_mistake
 from bench_rows import FACTS, prefill_row
 
-from mla_backend.attention import MLAAttention
 from mla_backend.bench import compare, peers, prefill, prefill_cases, results
 from mla_backend.bench.cases import chosen_cases
 from mla_backend.bench.machine import BenchmarkError
@@ -100,39 +100,11 @@ def test_verify_accepts_our_kernel(config, sampled, case):
     prefill.verify(case, config, **ON_CPU)
 
 
-def wrong_output(out, lse, call):
-    out[7, 1, 100] += 0.01
-
-
-def wrong_lse(out, lse, call):
-    lse[4, 0] += 0.01
-
-
-def unwritten_row(out, lse, call):
-    out[9] = torch.empty_like(out[9])
-
-
-def wrong_second_call(out, lse, call):
-    out[0, 0, 0] += call - 1
-
-
-def spoiled(monkeypatch, config, case, spoil):
-    right, calls = MLAAttention.attend, []
-
-    def wrong(self, *args, **kwargs):
-        out, lse = right(self, *args, **kwargs)
-        calls.append(1)
-        spoil(out, lse, len(calls))
-        return out, lse
-
-    monkeypatch.setattr(MLAAttention, "attend", wrong)
-    prefill.verify(case, config, **ON_CPU)
-
-
-@pytest.mark.parametrize("spoil", [wrong_output, wrong_lse, unwritten_row, wrong_second_call])
-def test_verify_catches(monkeypatch, config, spoil):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verify_catches(monkeypatch, config, mistake):
+    make_mistake(monkeypatch, "attend", mistake)
     with pytest.raises(BenchmarkError, match=r"wrong answer of \w+ in case n3 s5 h2 192/128"):
-        spoiled(monkeypatch, config, CAUSAL, spoil)
+        prefill.verify(CAUSAL, config, **ON_CPU)
 
 
 def test_unwritten_row_between_sampled_ones_is_caught(monkeypatch, config, sampled):
@@ -142,8 +114,9 @@ def test_unwritten_row_between_sampled_ones_is_caught(monkeypatch, config, sampl
     def spoil(out, lse, call):
         out[between] = torch.empty_like(out[between])
 
+    make_mistake(monkeypatch, "attend", spoil)
     with pytest.raises(BenchmarkError, match="out: 128 of 17920 values are not finite"):
-        spoiled(monkeypatch, config, LONG, spoil)
+        prefill.verify(LONG, config, **ON_CPU)
 
 
 def test_unknown_kernel_is_refused_with_the_names(config):
