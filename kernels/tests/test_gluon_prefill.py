@@ -10,13 +10,13 @@ from itertools import product
 
 import pytest
 import torch
+from hopper_devices import H200, NOT_HOPPER
 
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, hopper
+from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, format_of
 
 pytest.importorskip("triton")
 KERNEL = next(k for k in OPERATIONS["prefill"] if k.name == "gluon_sm90_ragged")
 
-H200 = Device("cuda", 90, "NVIDIA H200", 132)
 GEOMETRY = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
@@ -31,12 +31,7 @@ WIDTHS = "needs nope and rope of multiples of 64, 256 together at most, got"
 @pytest.mark.parametrize(
     ("problem", "device", "reasons"),
     [
-        (problem_for(), replace(H200, arch=80), ["needs sm_90, got NVIDIA H200 sm_80"]),
-        (problem_for(), replace(H200, arch=100), ["needs sm_90, got NVIDIA H200 sm_100"]),
-        (problem_for(), Device("hip", "gfx942", "MI300X", 304), ["needs sm_90, got MI300X gfx942"]),
-        (problem_for(), Device("cpu"), ["needs sm_90, got cpu"]),
-        (problem_for(), Device("cpu", interpreted=True), ["needs sm_90, got cpu, Triton interpreter"]),
-        (problem_for(), replace(H200, interpreted=True), ["needs a GPU: Triton's interpreter does not run Gluon"]),
+        *((problem_for(), device, reasons) for device, reasons in NOT_HOPPER),
         (
             problem_for(dtype=torch.float32),
             H200,
@@ -64,7 +59,7 @@ def test_refusals_come_all_at_once():
 
 
 def test_an_old_gluon_is_a_reason(monkeypatch):
-    monkeypatch.setattr(hopper, "KNOWN_GLUON", False)
+    monkeypatch.setattr("mla_kernels.hopper.KNOWN_GLUON", False)
     assert KERNEL.unsupported(problem_for(), H200) == [
         "needs the Gluon of Triton 3.6 or newer, got one whose warp_specialize takes other arguments"
     ]

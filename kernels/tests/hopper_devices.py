@@ -1,0 +1,15 @@
+"""A Hopper GPU, and devices that kernels for one refuse, with their reasons."""
+
+from dataclasses import replace
+
+from mla_kernels import Device
+
+H200 = Device("cuda", 90, "NVIDIA H200", 132)
+NOT_HOPPER = (
+    (replace(H200, arch=80), ["needs sm_90, got NVIDIA H200 sm_80"]),
+    (replace(H200, arch=100), ["needs sm_90, got NVIDIA H200 sm_100"]),
+    (Device("hip", "gfx942", "MI300X", 304), ["needs sm_90, got MI300X gfx942"]),
+    (Device("cpu"), ["needs sm_90, got cpu"]),
+    (Device("cpu", interpreted=True), ["needs sm_90, got cpu, Triton interpreter"]),
+    (replace(H200, interpreted=True), ["needs a GPU: Triton's interpreter does not run Gluon"]),
+)
