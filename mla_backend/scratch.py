@@ -25,7 +25,8 @@ class Scratch:
         return len(self._buffer)
 
     def reserve(self, shapes) -> None:
-        """Have room for `shapes`, at a new address if there is not enough: captured graphs read the old one."""
+        """Have room for `shapes`, at a new address if there is not enough: never after graphs were captured, which read
+        the old one."""
         wanted = scratch_bytes(shapes)
         if wanted > self.bytes:
             self._buffer = torch.empty(wanted, dtype=torch.uint8, device=self._buffer.device)

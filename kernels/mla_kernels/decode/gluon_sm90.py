@@ -36,7 +36,15 @@ _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 @gluon.jit(
     do_not_specialize=[
-        *("batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page", "turn", "window")
+        "batch",
+        "parts",
+        "query_len",
+        "page_rows",
+        "rows_per_slot",
+        "stride_table",
+        "stride8_page",
+        "turn",
+        "window",
     ],
     do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr"],
 )
@@ -229,19 +237,17 @@ def run(
     page_size = cache_AGK.shape[1]
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
     before_scratch = (
-        *(k_desc, page_rows, cache_AGK, stride_page // 8, cache_AGK.stride(1) // 8),
-        *(block_table_BM, block_table_BM.stride(0)),
-        *(q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1))),
-        *(seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value),
-        *(out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1)),
-    )
+        k_desc, page_rows, cache_AGK, stride_page // 8, cache_AGK.stride(1) // 8,
+        block_table_BM, block_table_BM.stride(0),
+        q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
+        seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value,
+        out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1),
+    )  # fmt: skip
+    gather_registers = 40 if split_tokens else 32
     constants = {
-        **{"N": N, "R": R, "PAGE": page_size, "RAGGED": ragged, "GATHER": gather, "num_warps": 4},
-        **{
-            "LOADER_WARPS": 4 if gather else 1,
-            "LOADER_REGS": (40 if split_tokens else 32) if gather or page_size < 64 else 24,
-        },
-    }
+        "N": N, "R": R, "PAGE": page_size, "RAGGED": ragged, "GATHER": gather, "num_warps": 4,
+        "LOADER_WARPS": 4 if gather else 1, "LOADER_REGS": gather_registers if gather or page_size < 64 else 24,
+    }  # fmt: skip
     grid = (_row_tiles(rows), parts)
     if split_tokens is None:
         part, part_lse, plan = scratch(

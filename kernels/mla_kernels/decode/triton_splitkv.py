@@ -292,15 +292,15 @@ def run(
     inputs = (q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN)
     out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
     strides = (
-        *(q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1)),
-        *(cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides),
-    )
+        q_latent_TNL.stride(0), q_latent_TNL.stride(1), q_rope_TNR.stride(0), q_rope_TNR.stride(1),
+        cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), *out_strides,
+    )  # fmt: skip
     common = {"N": N, "L": L, "RAGGED": ragged}
-    constants = {
-        **{"R": R, "R_PAD": max(16, triton.next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B)},
-        **{"BLOCK_M": tile.rows, "BLOCK_T": tile.tokens, "UPCAST": device.interpreted, **common},
-        **{"num_warps": tile.warps, "num_stages": tile.stages},
-    }
+    constants = common | {
+        "R": R, "R_PAD": max(16, triton.next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B),
+        "BLOCK_M": tile.rows, "BLOCK_T": tile.tokens, "UPCAST": device.interpreted,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
     row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
     if split_tokens is None:
         needed = _scratch_shapes(_scratch_rows(*sizes), L, B)
