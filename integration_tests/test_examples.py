@@ -144,6 +144,14 @@ def test_tiny_checkpoint(tmp_path):
     assert (config["model_type"], config["q_lora_rank"]) == ("deepseek_v3", 96)
 
 
+def test_train_small_model(tmp_path):
+    small = ("--minutes", "0.03", "--tokens-a-step", "512", "--longest", "512", "--files", "60")
+    shown = run("train_small_model.py", "models/small", *small, cwd=tmp_path)
+    assert re.search(r"\d% +step 1 .* tokens of 512  loss \d", shown), shown
+    assert re.search(r"512 tokens: perplexity \d+\.\d+, \d of 8 notes found", shown), shown
+    assert (tmp_path / "models/small/model.safetensors").stat().st_size < 6_000_000
+
+
 def test_transformers_oracle(tmp_path, model, answer):
     shown = run("transformers_oracle.py", model, PROMPT, "--device", "cpu", cwd=tmp_path)
     assert f"{PROMPT!r} -> {answer!r}" in shown

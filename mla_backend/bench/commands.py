@@ -195,3 +195,39 @@ def engine(
     show(engine_table(rows))
     if all(row["graph_ms"] for row in rows):
         show(engine_table(rows, "graph_ms"))
+
+
+@bench.command()
+def quality(
+    model: Annotated[str, typer.Argument(help="A folder, such as examples/train_small_model.py writes, or a name.")],
+    formats: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="Cache formats, with commas between; the first is what others are compared with."
+        ),
+    ] = "bf16,fp8",
+    lengths: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Lengths of context, with commas between.")
+    ] = "512,2048,8192",
+    dtype: Annotated[str, typer.Option(help="Of the model.")] = "bfloat16",
+    csv: CSVFile = None,
+) -> None:
+    """Measure in vLLM what a cache format costs a model: perplexity, greedy agreement, notes found far back."""
+    from mla_backend.bench import quality as benchmark
+    from mla_backend.bench.results import write_csv
+
+    names = formats.split(",")
+    if unknown := set(names) - set(benchmark.FORMATS):
+        raise typer.BadParameter(f"unknown format {', '.join(unknown)}; choose from {', '.join(benchmark.FORMATS)}")
+    try:
+        experiment = benchmark.Experiment(lengths=tuple(map(int, lengths.split(","))), dtype=dtype)
+        rows = benchmark.run(model, names, experiment)
+    except (BenchmarkError, ValueError) as error:
+        raise fail(error) from None
+    if csv:
+        write_csv(rows, csv, benchmark.COLUMNS)
+    from rich import print as show
+
+    from mla_backend.bench.report import quality_table
+
+    show(quality_table(rows))

@@ -132,3 +132,18 @@ def engine_table(rows: list[dict], what: str = "step_ms") -> Table:
         ms = [times[requests, tokens, name] for name in backends]
         table.add_row(f"{requests} x {tokens}", f"{ms[0]:.3f}", *(f"{t:.3f} ({t / ms[0]:.2f}x)" for t in ms[1:]))
     return table
+
+
+def quality_table(rows: list[dict]) -> Table:
+    """A row each; what was not measured is a dash."""
+    first = rows[0]["format"]
+    table = Table(
+        title="What a cache format costs", caption=f"Agreement of greedy continuations with those of {first}."
+    )
+    for name in ("format", "tokens", "perplexity", "agreement", "needle"):
+        table.add_column(name, justify="left" if name == "format" else "right")
+    for row in rows:
+        needle = NOTHING if row["needle"] is None else f"{row['needle']:.1%}"
+        cells = f"{row['tokens']}", f"{row['perplexity']:.4f}", f"{row['agreement']:.1%}", needle
+        table.add_row(row["format"], *cells)
+    return table
