@@ -22,10 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import barrier, cp_async, ring
-from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE
+from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
+ROWS = gl.constexpr(64)  # of a query tile: what one matrix instruction takes
 # The accumulators' layout, but with four neighbouring columns in a thread: threads of a quad exchange what they hold.
 WIDE = gl.constexpr(
     gl.DistributedLinearLayout(

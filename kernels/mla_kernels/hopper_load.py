@@ -1,4 +1,7 @@
-"""The role of the Hopper decode kernel that copies cache rows into shared memory: by TMA, or row by row."""
+"""The role of Hopper decode kernels that copies cache rows into shared memory: by TMA, or row by row.
+
+Rows of an fp8 cache are not copied but converted: hopper_convert.py.
+"""
 
 from typing import NamedTuple
 
@@ -9,12 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from mla_kernels.hopper import cp_async, ring, tma_load
 from mla_kernels.schedule import BLOCK, piece
 
-ROWS = gl.constexpr(64)  # of a query tile: what one matrix instruction takes
 LATENT, HALF, TILE = gl.constexpr(512), gl.constexpr(256), gl.constexpr(64)  # columns: of a row, a buffer, a TMA box
 
 
 class Cache(NamedTuple):
-    """The paged cache: as a TMA descriptor of rows, or as a pointer with strides in 16 bytes."""
+    """The paged cache: as a TMA descriptor of rows, or as a pointer with strides in 16 bytes.
+
+    An fp8 cache is a pointer to words of four codes.
+    """
 
     desc: object
     page_rows: object
@@ -53,7 +58,7 @@ def _load_block(b, page, block, seq_len, table, cache, smem, R: gl.constexpr, PA
 
 @gluon.jit
 def load_keys(
-    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """One warp: cache rows of every block into the buffers, by TMA."""
     shared, lengths = work
@@ -78,7 +83,7 @@ def load_keys(
 
 @gluon.jit
 def gather_keys(
-    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the same row by row, for pages that no TMA box fits."""
     shared, lengths = work

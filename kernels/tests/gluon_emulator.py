@@ -96,6 +96,9 @@ class Memory:
     def permute(self, order):
         return Memory(self.array.transpose(order))
 
+    def _reinterpret(self, dtype, shape, layout):
+        return Memory(self.array.view(dtype).reshape(shape))
+
     def load(self, layout):
         return _tensor(self.array.copy())
 
@@ -234,6 +237,15 @@ def _reduce(tensors, axis, combine):
     return tuple(Int(x) for x in functools.reduce(lambda a, b: combine(*a, *b), rows))
 
 
+def _inline_asm(asm, constraints, args, **_):
+    """There are two texts for float16: one gives its operand back, one turns four e4m3 codes into two pairs."""
+    if "e4m3" not in getattr(asm, "value", asm):
+        return args[0]
+    codes = torch.from_numpy(np.ascontiguousarray(args[0])).view(torch.float8_e4m3fn)
+    pairs = codes.half().view(*args[0].shape, 2, 2).view(torch.int32).numpy()[..., 0]
+    return tuple(_tensor(pairs[..., i].copy()) for i in range(2))
+
+
 PROGRAM, GRID = [0, 0], [1, 1]
 
 
@@ -277,7 +289,8 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
     associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
-    inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],  # there is one, and it gives its operand back
+    bfloat16="none here", inline_asm_elementwise=_inline_asm,
+    join=lambda x, y: _tensor(np.stack([np.asarray(x), np.asarray(y)], -1)),
 )  # fmt: skip
 
 

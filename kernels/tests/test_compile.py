@@ -11,6 +11,7 @@ import pytest
 
 WORKER = pathlib.Path(__file__).with_name("compile_worker.py")
 TARGETS = (("cuda", "80"), ("cuda", "86"), ("cuda", "89"), ("cuda", "90"), ("hip", "gfx942"))
+HOPPER = ("gluon_sm90", "gluon_sm90_few", "gluon_sm90_ragged")
 NAMES = ("triton_splitkv", "triton_ragged", "cache_write cache_gather merge")  # of operations, or of kernels
 
 
@@ -39,6 +40,7 @@ def test_compiles_for(target, names, tmp_path):
     ("kernel", "functions"),
     [
         ("gluon_sm90", {"_decode_kernel", "_merge_kernel", "_merge_splits_kernel"}),
+        ("gluon_sm90_few", {"_decode_few_kernel", "_merge_kernel"}),
         ("gluon_sm90_ragged", {"_prefill_kernel"}),
     ],
 )
@@ -50,7 +52,7 @@ def test_hopper_kernel_compiles(kernel, functions, tmp_path):
 
 @pytest.mark.parametrize("target", [("cuda", "80"), ("hip", "gfx942")], ids="-".join)
 def test_hopper_kernels_refuse_other_gpus(target, tmp_path):
-    rows = compiled(target, "gluon_sm90 gluon_sm90_ragged", tmp_path)
-    assert {row["kernel"] for row in rows} == {"gluon_sm90", "gluon_sm90_ragged"}
+    rows = compiled(target, " ".join(HOPPER), tmp_path)
+    assert {row["kernel"] for row in rows} == set(HOPPER)
     for row in rows:
         assert any("needs sm_90, got" in reason for reason in row["refused"]), row

@@ -11,16 +11,17 @@ import mla_kernels.splits as splits
 from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
-MODULES = ("hopper", "schedule", "hopper_load", "hopper_decode", "decode.gluon_sm90")
+MODULES = ("hopper", "schedule", "hopper_load", "hopper_decode", "hopper_launch", "decode.gluon_sm90")
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)
 HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where merging runs
 
 
 def build(**edits):
-    *_, roles, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
+    *_, roles, launch, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
     roles.LN_2 = primitives.LN_2.value
-    kernel.device_of = lambda tensor: GPU
+    launch.device_of = lambda tensor: GPU
+    kernel.in_16_bytes = launch.in_16_bytes
     kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
     kernel.merge_splits = lambda *args, **options: splits.merge_splits(*args, **options | HERE)
     return kernel
@@ -44,7 +45,7 @@ def check(kernel, case):
     rows = case.options["query_len"] * case.geometry.num_heads
     workspace = tuple(
         torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype)
-        for shape, dtype in kernel._scratch_shapes(kernel._scratch_rows(rows, GPU), GPU)
+        for shape, dtype in kernel.scratch_shapes(kernel.scratch_rows(rows, GPU), GPU)
     )
     kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
     expected, expected_lse = case.reference()
@@ -112,7 +113,7 @@ def test_strided_queries_misaligned_too(kernel):
     for q_rope in (wide[..., 600:664], odd):
         arrays = (wide[..., 3:515], q_rope, *rest)
         check(kernel, type(case)(geometry=case.geometry, arrays=arrays, options=case.options))
-    assert kernel._in_16_bytes(odd).data_ptr() % 16 == 0
+    assert kernel.in_16_bytes(odd).data_ptr() % 16 == 0
 
 
 def both(kernel):

@@ -16,22 +16,20 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from mla_kernels.device import Device, device_of
+from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_decode import Shared, accumulate, attend
-from mla_kernels.hopper_load import HALF, LATENT, ROWS, TILE, Cache, gather_keys, load_keys
-from mla_kernels.primitives import LOG2_E, decode_outputs, reaching_all, require_adjacent, scratch
+from mla_kernels.hopper_decode import ROWS, Shared, accumulate, attend
+from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
+from mla_kernels.hopper_load import HALF, LATENT, TILE, Cache, gather_keys, load_keys
+from mla_kernels.primitives import reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits
-from mla_kernels.split_merge import merge_form, merge_parts, plan_size
+from mla_kernels.split_merge import merge_form, merge_parts
 from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
 # request. Buffers in shared memory end in _s.
-
-_TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 
 @gluon.jit(
@@ -116,7 +114,7 @@ def _decode_kernel(
         [
             (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
             (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
-            (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED)),
+            (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
         ],
         [8, LOADER_WARPS],
         [160, LOADER_REGS],
@@ -132,18 +130,9 @@ def unsupported(problem, device: Device) -> list[str]:
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
     rows = geometry.num_heads * problem.max_query_len
-    if _row_tiles(rows) > device.num_sms:
+    if row_tiles(rows) > device.num_sms:
         reasons.append(f"needs heads x query tokens of {64 * device.num_sms} or less, got {rows}")
     return reasons
-
-
-def _row_tiles(rows: int) -> int:
-    return -(-rows // ROWS.value)
-
-
-def _parts(rows: int, device: Device) -> int:
-    """Parts that the batch is cut into, so that every tile of query rows has one program for each."""
-    return max(1, device.num_sms // _row_tiles(rows))
 
 
 def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -156,18 +145,8 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
     if problem.split_tokens:
         most = heads * problem.max_query_len
         return shapes(reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), LATENT.value)
-    rows = max(_scratch_rows(heads * tokens, device) for tokens in range(1, problem.max_query_len + 1))
-    return _scratch_shapes(rows, device)
-
-
-def _scratch_rows(rows: int, device: Device) -> int:
-    parts = _parts(rows, device)
-    return 2 * parts * rows if parts > 1 else 0  # one part has the whole batch: no request is cut
-
-
-def _scratch_shapes(rows: int, device: Device):
-    plan = plan_size(device.num_sms)
-    return ((rows * LATENT.value,), torch.float32), ((rows,), torch.float32), ((plan,), torch.int32)
+    rows = max(scratch_rows(heads * tokens, device) for tokens in range(1, problem.max_query_len + 1))
+    return scratch_shapes(rows, device)
 
 
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
@@ -178,27 +157,9 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
         rows = query_len * problem.geometry.num_heads
         if problem.split_tokens:
             return (merge_columns(requests, rows, LATENT.value),)
-        return (merge_form(requests, _parts(rows, device), rows),)
+        return (merge_form(requests, parts_of(rows, device), rows),)
 
     return reaching_all(forms, max_requests, query_lens)
-
-
-def _in_16_bytes(q: torch.Tensor) -> torch.Tensor:
-    """`q`, or a copy if its rows do not begin at multiples of 16 bytes, which asynchronous copies need."""
-    fits = q.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in q.stride()[:-1])
-    return q if fits or q.numel() == 0 else q.clone(memory_format=torch.contiguous_format)
-
-
-def _describe(cache_AGK: torch.Tensor, stride_page: int):
-    """(TMA descriptor of the pool as one long list of rows, rows from a page to the next); None where no box fits."""
-    pages, page_size, width = cache_AGK.shape
-    stride_token = cache_AGK.stride(1)
-    if (page_size % BLOCK.value and page_size not in _TMA_SMALL_PAGES) or stride_page % stride_token:
-        return None, 0
-    page_rows = stride_page // stride_token
-    rows = cache_AGK.as_strided(((pages - 1) * page_rows + page_size, width), (stride_token, 1))
-    box = [min(page_size, BLOCK.value), TILE.value]
-    return TensorDescriptor.from_tensor(rows, box, SWIZZLED.value), page_rows
 
 
 def run(
@@ -217,46 +178,29 @@ def run(
     split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
-    T, N = q_latent_TNL.shape[:2]
-    B, R = seq_lens_B.shape[0], q_rope_TNR.shape[-1]
-    ragged = query_start_B1 is not None
-    out_TNL, lse_TN = decode_outputs(q_latent_TNL, B, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN)
-    require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
-    stride_page = cache_AGK.stride(0) if len(cache_AGK) > 1 else 0  # of a single page it says nothing
-    if cache_AGK.data_ptr() % 16 or stride_page % 8 or cache_AGK.stride(1) % 8:
-        raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
-    device = device_of(cache_AGK)
-    if B == 0 or T == 0:
-        return out_TNL, lse_TN
-
-    rows = query_len * N
-    parts = _parts(rows, device)
-    q_latent, q_rope = _in_16_bytes(q_latent_TNL), _in_16_bytes(q_rope_TNR)
-    k_desc, page_rows = _describe(cache_AGK, stride_page)
-    gather = k_desc is None
-    page_size = cache_AGK.shape[1]
-    starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
-    before_scratch = (
-        k_desc, page_rows, cache_AGK, stride_page // 8, cache_AGK.stride(1) // 8,
-        block_table_BM, block_table_BM.stride(0),
-        q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
-        seq_lens_B, starts, query_len, B, parts, scale * LOG2_E.value,
-        out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1),
+    launch = prepare_launch(
+        q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B,
+        scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
     )  # fmt: skip
+    out_TNL, lse_TN = launch.outputs
+    if launch.empty:
+        return out_TNL, lse_TN
+    device, gather, requests = launch.device, launch.gather, len(seq_lens_B)
+    rows = query_len * q_latent_TNL.shape[1]
+    parts = parts_of(rows, device)
+    before_scratch = (*launch.before_parts, parts, *launch.behind_parts)
     gather_registers = 40 if split_tokens else 32
-    constants = {
-        "N": N, "R": R, "PAGE": page_size, "RAGGED": ragged, "GATHER": gather, "num_warps": 4,
-        "LOADER_WARPS": 4 if gather else 1, "LOADER_REGS": gather_registers if gather or page_size < 64 else 24,
+    constants = launch.constants | {
+        "GATHER": gather, "num_warps": 4, "LOADER_WARPS": 4 if gather else 1,
+        "LOADER_REGS": gather_registers if gather or cache_AGK.shape[1] < BLOCK.value else 24,
     }  # fmt: skip
-    grid = (_row_tiles(rows), parts)
+    grid = (row_tiles(rows), parts)
     if split_tokens is None:
-        part, part_lse, plan = scratch(
-            workspace, _scratch_shapes(_scratch_rows(rows, device), device), cache_AGK.device
-        )
+        part, part_lse, plan = scratch(workspace, scratch_shapes(scratch_rows(rows, device), device), cache_AGK.device)
         _decode_kernel[grid](*before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-            query_len=query_len, rows=rows, requests=B, parts=parts, num_sms=device.num_sms, overlap=True,
+            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
         )  # fmt: skip
         return out_TNL, lse_TN
 

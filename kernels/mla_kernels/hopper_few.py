@@ -1,0 +1,225 @@
+"""The roles of the Hopper decode kernel for few query rows: everything transposed.
+
+A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns:
+
+  load_keys, gather_keys or convert_keys   fills k, half a block at a time, when it is empty
+  attend                                   k times query: scores [64 keys, F queries]; softmax weights into `weight`
+  accumulate                               output [512, F] += latent part of k, transposed, times weight
+
+So a block takes a quarter or half of the time on the tensor cores that it takes with queries as rows, and accumulators
+fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mla_kernels.hopper import barrier, cp_async, ring
+from mla_kernels.hopper_decode import LAZY, NOTHING
+from mla_kernels.hopper_load import HALF, LATENT, TILE
+from mla_kernels.primitives import LN_2
+from mla_kernels.schedule import BLOCK, piece
+
+
+@gluon.jit
+def _copy_q(target, q_ptr, strides8, token, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
+    """Start copying columns column .. column + WIDTH - 1 of the query rows."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
+    i = gl.arange(0, F, gl.SliceLayout(1, lay))
+    r = token * N + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def _scale_of(scale_ptr):
+    """The scale of an fp8 cache, 1 where there is none."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = gl.load(scale_ptr)
+    return scale
+
+
+@gluon.jit
+def _attend_block(
+    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope_s, smem,
+    F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax weights of block `b`. Returns the queries' references, and sums of weights that no thread has
+    added to another's yet: [64, F].
+
+    The reference may lag behind the largest score by LAZY, as in hopper_decode.py.
+    """
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
+    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    s = gl.zeros([BLOCK, F], gl.float32, s_lay)
+    stage, phase, _ = ring(block)
+    for half in gl.static_range(2):
+        mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
+        if GATHER:
+            fence_async_shared()  # rows came by ordinary writes
+        keys = smem.k.index(2 * stage + half)
+        s = warpgroup_mma(keys, q_s.index(half).permute((1, 0)), s, use_acc=half > 0, is_async=True)
+    if R > 0:
+        s = warpgroup_mma(smem.k_rope.index(stage), q_rope_s.permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if (b + 1) * BLOCK > all_see:
+        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, s_lay))
+        s = gl.where(position[:, None] <= sees[None, :], s, float("-inf"))
+    high = gl.max(s, 0) * scale_log2
+    grows = high > top + LAZY
+    new_top = gl.where(grows, high, top)
+    rescale = gl.exp2(top - new_top)
+    grew = gl.max(grows.to(gl.int32), 0)
+    weight = gl.exp2(s * scale_log2 - new_top[None, :])
+    mbarrier.wait(smem.weight_empty, (block & 1) ^ 1)
+    smem.weight.store(weight.to(smem.weight.dtype))
+    smem.factor.store(rescale)
+    smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
+    fence_async_shared()
+    mbarrier.arrive(smem.weight_full, count=1)
+    return new_top, total * rescale[None, :] + weight
+
+
+@gluon.jit
+def attend(
+    q, lse, scale_log2, scale_ptr, work, smem,
+    N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
+    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
+    shared, lengths = work
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
+    query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
+    i = gl.arange(0, F, query_lay)
+    cache_scale = _scale_of(scale_ptr)
+    block = 0
+    pieces = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, token, tokens, rows, slot, _ = piece(
+            request, shared, lengths, gl.program_id(1), 0, 0, N, F, RAGGED, 0
+        )
+        if rows > 0:
+            for half in gl.static_range(2):
+                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, rows, half * HALF, N, F, HALF)
+            if R > 0:
+                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            fence_async_shared()
+            barrier()
+            all_see = seq_len - tokens + 1
+            sees = seq_len - tokens + i // N  # position of the query itself: the last key it may see
+            top = gl.full([F], NOTHING, gl.float32, query_lay)
+            total = gl.zeros([BLOCK, F], gl.float32, s_lay)
+            for b in range(begin, end):
+                top, total = _attend_block(
+                    b, top, total, block, sees, all_see, scale_log2 * cache_scale, q_s, q_rope_s, smem, F, R, GATHER
+                )
+                block += 1
+            sum_of_query = gl.sum(total, 0)
+            safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
+            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+            smem.last.store(cache_scale / safe)
+            mbarrier.arrive(smem.last_full, count=1)
+            pieces += 1
+            query_lse = gl.where(sum_of_query > 0, top + gl.log2(safe), float("-inf"))
+            if slot < 0:
+                r = token * N + i
+                at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
+                gl.store(lse_ptr + at_row, query_lse * LN_2, mask=i < rows)
+            else:
+                gl.store(part_lse_ptr + slot * rows_per_slot + i, query_lse, mask=i < rows)
+
+
+@gluon.jit
+def _zero_tail(buffer, valid):
+    """Zero the rows of a [64, 256] buffer from `valid` on: no request owns them, and 0 * NaN is NaN."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    row = gl.arange(0, 16, gl.SliceLayout(1, lay))
+    for u in gl.static_range(4):
+        part = buffer.slice(u * 16, 16, dim=0)
+        part.store(gl.where((u * 16 + row < valid)[:, None], part.load(lay), 0.0))
+
+
+@gluon.jit
+def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr):
+    """Add values times block `b`'s weights to the accumulators of the two halves of the latent."""
+    query_lay: gl.constexpr = gl.SliceLayout(0, acc0.type.layout)
+    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    stage, phase, _ = ring(block)
+    mbarrier.wait(smem.weight_full, block & 1)
+    if (b + 1) * BLOCK > seq_len:
+        for half in gl.static_range(2):
+            mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
+            _zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
+        fence_async_shared()
+        barrier()
+    if GATHER:
+        fence_async_shared()  # rows came by ordinary writes
+    if gl.max(smem.grew.load(flag_lay), 0) > 0:
+        rescale = smem.factor.load(query_lay)[None, :]
+        acc0 = acc0 * rescale
+        acc1 = acc1 * rescale
+    acc0 = warpgroup_mma(smem.k.index(2 * stage).permute((1, 0)), smem.weight, acc0, is_async=True)
+    acc1 = warpgroup_mma(smem.k.index(2 * stage + 1).permute((1, 0)), smem.weight, acc1, is_async=True)
+    acc0 = warpgroup_mma_wait(1, deps=[acc0])
+    mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
+    acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
+    mbarrier.arrive(smem.weight_empty, count=1)
+    return acc0, acc1
+
+
+@gluon.jit
+def _store(acc, ptr, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr):
+    """Write a [256, F] accumulator's columns that are queries. Row r of the target is token + r // N and head r % N."""
+    lay: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, 8], [0, 1])  # a warp has whole rows of the target
+    i = gl.arange(0, F, gl.SliceLayout(0, lay))
+    r = token * N + i
+    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
+    pointer = ptr + at_row[None, :] + gl.arange(0, HALF, gl.SliceLayout(1, lay))[:, None]
+    gl.store(pointer, gl.convert_layout(acc, lay).to(ptr.dtype.element_ty), mask=(i < rows)[None, :])
+
+
+@gluon.jit
+def accumulate(
+    out, work, smem, N: gl.constexpr, F: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr
+):  # fmt: skip
+    """Two warpgroups: values times weights. Each holds half of the rows of either half of the output."""
+    out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
+    shared, lengths = work
+    o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
+    query_lay: gl.constexpr = gl.SliceLayout(0, o_lay)
+    block = 0
+    pieces = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, token, _, rows, slot, _ = piece(
+            request, shared, lengths, gl.program_id(1), 0, 0, N, F, RAGGED, 0
+        )
+        if rows > 0:
+            acc0 = gl.zeros([HALF, F], gl.float32, o_lay)
+            acc1 = gl.zeros([HALF, F], gl.float32, o_lay)
+            for b in range(begin, end):
+                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
+                block += 1
+            mbarrier.wait(smem.last_full, pieces & 1)
+            last = smem.last.load(query_lay)[None, :]
+            mbarrier.arrive(smem.last_empty, count=1)
+            pieces += 1
+            acc0 = acc0 * last
+            acc1 = acc1 * last
+            if slot < 0:
+                _store(acc0, out_ptr, rows, token, stride_out_t, stride_out_n, N, F)
+                _store(acc1, out_ptr + HALF, rows, token, stride_out_t, stride_out_n, N, F)
+            else:
+                _store(acc0, part_ptr, rows, slot * rows_per_slot, LATENT, 0, 1, F)
+                _store(acc1, part_ptr + HALF, rows, slot * rows_per_slot, LATENT, 0, 1, F)

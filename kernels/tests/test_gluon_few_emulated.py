@@ -1,0 +1,147 @@
+"""The text of the Hopper decode kernel for few query rows, executed on a CPU by gluon_emulator.py: 16-bit and fp8
+caches against the float64 reference."""
+
+import gluon_emulator
+import pytest
+import torch
+from gluon_emulator import emulated
+from test_gluon_emulated import GPU, TWO_AND_A_BIT, make, with_large_scores
+
+import mla_kernels.primitives as primitives
+import mla_kernels.split_merge as split_merge
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
+
+MODULES = (
+    *("hopper", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch"),
+    "decode.gluon_sm90_few",
+)
+FP8 = {"cache_dtype": torch.float8_e4m3fn}
+
+
+def build(**edits):
+    *_, roles, launch, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
+    roles.LN_2 = primitives.LN_2.value
+    launch.device_of = lambda tensor: GPU
+    kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return build()
+
+
+def check(kernel, case):
+    q_latent = case.arrays[0]
+    out, lse = torch.full_like(q_latent, torch.nan), torch.full(q_latent.shape[:2], torch.nan)
+    rows = case.options["query_len"] * case.geometry.num_heads
+    workspace = tuple(
+        torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype)
+        for shape, dtype in kernel.scratch_shapes(kernel.scratch_rows(rows, GPU), GPU)
+    )
+    kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[torch.float16], case.magnitude())
+
+
+CACHES = {"float16": {}, "fp8": FP8, "fp8 with a scale": {**FP8, "cache_scale": 0.037}}
+
+
+@pytest.fixture(params=CACHES)
+def cache(request):
+    return CACHES[request.param]
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("seq_lens", [[1, 0, 17], [63, 64, 65], [700], [15, 200, 16, 1, 130]], ids=str)
+def test_lengths_around_every_edge(kernel, seq_lens, needles, cache):
+    check(kernel, make(5, seq_lens, needles=needles, **cache))
+
+
+@pytest.mark.parametrize("page_gap", [0, 576, 96], ids=["dense", "tma", "gather"])
+@pytest.mark.parametrize("page_size", [1, 16, 48, 128])
+def test_pages(kernel, page_size, page_gap, cache):
+    lengths = [page_size + 1, max(page_size - 1, 1), 331]
+    check(kernel, make(3, lengths, page_size=page_size, page_gap=page_gap, **cache))
+
+
+@pytest.mark.parametrize(("heads", "rope", "query_len"), [(1, 0, 1), (16, 64, 1), (17, 64, 1), (8, 0, 4), (32, 64, 1)])
+def test_rows(kernel, heads, rope, query_len, cache):
+    check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len, **cache))
+
+
+def test_large_scores(kernel):
+    check(kernel, with_large_scores())
+
+
+def test_query_tokens_before_the_sequence_see_nothing(kernel, cache):
+    check(kernel, make(5, [0, 2, 140], query_lens=4, **cache))
+
+
+@pytest.mark.parametrize("query_lens", [[5, 1, 1, 3], [2, 0, 3, 0]], ids=str)
+def test_ragged(kernel, query_lens, cache):
+    check(kernel, make(6, [5, 270, 1, 333], query_lens=query_lens, **cache))
+
+
+def test_more_requests_than_are_looked_at_at_once(kernel):
+    check(kernel, make(2, [1 + (i * 37) % 90 for i in range(140)], page_size=16, **FP8))
+
+
+def test_one_long_request_among_short_ones(kernel, cache):
+    check(kernel, make(16, [3, 1500, 1, 30, 64], **cache))
+
+
+def test_every_code_is_the_value_that_torch_says(kernel):
+    """A query that looks at one key only reads out that key's codes."""
+    case = make(1, [4], rope=0, page_size=64, needles=False, **FP8)
+    q_latent, _, cache_AGK, table, _ = case.arrays
+    codes = torch.arange(512).remainder(256).to(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0  # NaN: below
+    page = int(table[0, 0])
+    cache_AGK[page, :4] = torch.zeros(4, 512).to(cache_AGK.dtype)
+    cache_AGK[page, 2] = codes.view(torch.float8_e4m3fn)
+    q_latent[:] = 0
+    q_latent[0, 0, 126] = 60000.0  # code 126 is 448
+    out, _ = kernel.run(*case.arrays, **case.options)
+    assert torch.equal(out[0, 0], codes.view(torch.float8_e4m3fn).to(out.dtype))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_code_that_is_no_number_stays_one(kernel, code):
+    case = make(1, [4], needles=False, **FP8)
+    cache_AGK, page = case.arrays[2], int(case.arrays[3][0, 0])
+    cache_AGK.view(torch.uint8)[page, 1, 77] = code
+    out, _ = kernel.run(*case.arrays, **case.options)
+    assert out[0, 0, 77].isnan()
+
+
+def both(kernel):
+    check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
+    check(kernel, with_large_scores())
+
+
+MISTAKES = {
+    "the scale is left out of scores": ("scale_log2 * cache_scale, q_s", "scale_log2, q_s"),
+    "the scale is left out of outputs": ("smem.last.store(cache_scale / safe)", "smem.last.store(1.0 / safe)"),
+    "a query sees one key too many": ("sees = seq_len - tokens + i // N", "sees = seq_len - tokens + 1 + i // N"),
+    "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),
+    "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
+    "codes of the wrong block": (
+        "row = _row_of(cache, page, b + 1, t, PAGE)",
+        "row = _row_of(cache, page, b, t, PAGE)",
+    ),
+    "the last rows' columns are shifted": (
+        "_store(acc1, out_ptr + HALF, rows, token",
+        "_store(acc1, out_ptr, rows, token",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake, monkeypatch):
+    """The emulator is no rubber stamp: each of these fails."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
+    broken = build(edits=dict([MISTAKES[mistake]]))
+    with pytest.raises((AssertionError, IndexError)):
+        both(broken)
