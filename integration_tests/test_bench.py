@@ -77,6 +77,21 @@ def test_verify_accepts_fixed_splits(config):
     decode.verify(UNEVEN, config, page_size=PAGE, dtype=torch.float32, device="cpu", batch_invariant=True)
 
 
+def test_verify_accepts_an_fp8_cache(config):
+    options = {"page_size": PAGE, "dtype": torch.float32, "cache_dtype": torch.float8_e4m3fn, "device": "cpu"}
+    assert decode.make_inputs(UNEVEN, **options).cache_AGK.dtype == torch.float8_e4m3fn
+    decode.verify(UNEVEN, config, **options)
+
+
+@pytest.mark.parametrize("peer", ["fa3", "flashinfer"])
+def test_peers_of_16_bits_refuse_fp8(peer):
+    data = decode.make_inputs(
+        UNEVEN, page_size=PAGE, dtype=torch.float32, cache_dtype=torch.float8_e4m3fn, device="cpu"
+    )
+    with pytest.raises(NotImplementedError, match="16-bit caches only"):
+        peers.DECODE[peer](data)
+
+
 def test_cost_of_invariance_is_a_ratio(monkeypatch, capsys, config):
     """Every case is checked, and timed in both modes on the same inputs."""
     from mla_backend.bench import invariance

@@ -241,13 +241,14 @@ def test_options_arrive(monkeypatch):
     monkeypatch.setattr(decode, "run", run)
     monkeypatch.setattr(report, "show", lambda *arguments: shown.append(arguments))
     words = ["bench", "decode", "--peers", "vllm_triton,fa3", "--cases", "mixed|four", "--page-size", "32"]
-    done = runner.invoke(application(), [*words, "--kernel", "k", "--csv", "a.csv"])
+    done = runner.invoke(application(), [*words, "--cache", "fp8", "--kernel", "k", "--csv", "a.csv"])
     assert done.exit_code == 0, done.output
     assert shown == [([row(2.0)], {("fa3", "reason"): ["case"]})]
     assert got == {
         "cases": ["four", "mixed", "mixed_h128"],
         "peers": ["fa3", "vllm_triton"],
         "page_size": 32,
+        "cache": "fp8",
         "kernel": "k",
         "csv": Path("a.csv"),
     }

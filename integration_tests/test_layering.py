@@ -4,7 +4,8 @@ examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
   -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
-     -> hopper_decode, split_merge, splits, triton_piece -> schedule -> hopper, primitives -> device, layout, geometry
+     -> hopper_launch, hopper_few -> hopper_decode, hopper_convert, split_merge, splits, triton_piece
+     -> hopper_load -> schedule -> hopper, primitives -> device, layout, geometry
 """
 
 import ast
@@ -204,7 +205,10 @@ LEAVES = {
     "splits": ("primitives",),
     "triton_piece": ("primitives",),
     "hopper_load": ("hopper", "schedule"),
+    "hopper_convert": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
+    "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
+    "hopper_launch": ("device", "hopper", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge"),
     "hopper_prefill": ("hopper", "primitives"),
 }
 

@@ -100,11 +100,12 @@ class Kernel:
         return self.load().run
 
 
-# Best first. These tuples are the whole selection policy.
+# Best first. These tuples are the whole selection policy: torch takes everything, so what stands behind it, because no
+# GPU has measured it yet, is taken by its name alone.
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
-        "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.gluon_sm90_few", "decode.torch_decode"),
+        "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.torch_decode", "decode.gluon_sm90_few"),
         "prefill": ("prefill.gluon_sm90_ragged", "prefill.triton_ragged", "prefill.torch_prefill"),
         "cache_write": ("cache.triton_write", "cache.torch_write"),
         "cache_gather": ("cache.triton_gather", "cache.torch_gather"),

@@ -82,10 +82,10 @@ def prepare_launch(
     )
     require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
     stride_page = cache_AGK.stride(0) if len(cache_AGK) > 1 else 0  # of a single page it says nothing
-    in_16 = 16 // cache_AGK.itemsize
+    codes = cache_AGK.dtype == E4M3
+    in_16 = 16 if codes else 8  # values of 16 bytes
     if cache_AGK.data_ptr() % 16 or stride_page % in_16 or cache_AGK.stride(1) % in_16:
         raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
-    codes = cache_AGK.dtype == E4M3
     empty = B == 0 or T == 0
     k_desc, page_rows = (None, 0) if codes or empty else _describe(cache_AGK, stride_page)
     q_latent, q_rope = in_16_bytes(q_latent_TNL), in_16_bytes(q_rope_TNR)

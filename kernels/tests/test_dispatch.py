@@ -150,7 +150,7 @@ def test_unknown_operation_names_the_known_ones():
 
 @pytest.mark.parametrize("name", ["flashinfer", "", "mla_kernels.decode.triton_splitkv", "AUTO"])
 def test_unknown_kernel_names_the_known_ones(name):
-    known = "auto, gluon_sm90, triton_splitkv, torch_decode"
+    known = "auto, gluon_sm90, triton_splitkv, torch_decode, gluon_sm90_few"
     with pytest.raises(ValueError, match=rf"unknown decode kernel .*; choose from {known}"):
         select("decode", PROBLEM, H200, kernel=name)
 

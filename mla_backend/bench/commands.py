@@ -80,6 +80,7 @@ def decode(
     against: Annotated[str, peers_option(PEERS)] = ",".join(PEERS),
     cases: DecodeCases = None,
     page_size: PageSize = 64,
+    cache: Annotated[Literal["bf16", "fp8"], typer.Option(help="Format of the cache.")] = "bf16",
     kernel: DecodeKernel = None,
     csv: CSVFile = None,
     plot: Picture = None,
@@ -91,7 +92,7 @@ def decode(
     from mla_backend.bench import decode as benchmark
     from mla_backend.bench import report
 
-    options = {"peers": peers, "page_size": page_size, "kernel": kernel, "csv": csv}
+    options = {"peers": peers, "page_size": page_size, "cache": cache, "kernel": kernel, "csv": csv}
     rows, refusals = measured(benchmark.run, CASES, cases, **options)
     report.show(rows, refusals)
     if plot:

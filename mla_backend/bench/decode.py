@@ -5,6 +5,7 @@ timed. Then each case is timed on input sets that together overflow the L2 cache
 `MLAAttention.decode` with a workspace made before, which is what a model pays in every layer.
 """
 
+import functools
 import math
 import pathlib
 from dataclasses import replace
@@ -18,20 +19,31 @@ from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_backend.steps import DecodeStep
-from mla_kernels import CacheLayout, Problem, device_of, format_of, split_for
+from mla_kernels import FORMATS, CacheLayout, Problem, device_of, format_of, split_for
 
 DTYPE = torch.bfloat16
 
 
-def make_inputs(case: Case, *, page_size: int, dtype: torch.dtype, device: str = "cuda", seed: int = 0) -> DecodeInputs:
-    """Random inputs. Every request has pages for the longest one, shuffled; rows past its end are there and random."""
+def make_inputs(
+    case: Case,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    device: str = "cuda",
+    seed: int = 0,
+) -> DecodeInputs:
+    """Random inputs. Every request has pages for the longest one, shuffled; rows past its end are there and random.
+
+    cache_dtype: `dtype` without it.
+    """
     geometry = geometry_for(case.heads)
     pages = -(-max(case.lengths) // page_size)
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     shape = (case.batch * pages, page_size, geometry.latent_dim)
     return DecodeInputs(
-        cache_AGK=torch.randn(shape, dtype=dtype, **options).mul_(0.3),
+        cache_AGK=torch.randn(shape, dtype=dtype, **options).mul_(0.3).to(cache_dtype or dtype),
         block_table_BM=torch.randperm(case.batch * pages, dtype=torch.int32, **options).view(case.batch, pages),
         q_BQNK=torch.randn(case.batch, case.query_len, case.heads, geometry.latent_dim, dtype=dtype, **options) * 0.3,
         seq_lens_B=torch.tensor(case.lengths, device=device, dtype=torch.int32),
@@ -93,11 +105,12 @@ def verify(
     *,
     page_size: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
     device: str = "cuda",
     batch_invariant: bool = False,
 ) -> None:
     """Check our kernel. Raises BenchmarkError for a wrong answer, and when no kernel takes the case."""
-    data = make_inputs(case, page_size=page_size, dtype=dtype, device=device)
+    data = make_inputs(case, page_size=page_size, dtype=dtype, cache_dtype=cache_dtype, device=device)
     wanted = expected(data)
     compare.check_kernel(
         case,
@@ -107,24 +120,45 @@ def verify(
     )
 
 
-def measure(case: Case, config: MLABackendConfig, *, page_size: int, dtype: torch.dtype, peers, refused, device="cuda"):
+def measure(
+    case: Case,
+    config: MLABackendConfig,
+    *,
+    page_size: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    peers,
+    refused,
+    device="cuda",
+):
     """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none."""
-    cache_dtype = format_of(dtype).name
-    count = input_sets(case.cache_bytes(cache_dtype))
-    sets = [make_inputs(case, page_size=page_size, dtype=dtype, device=device, seed=seed) for seed in range(count)]
+    options = {"page_size": page_size, "dtype": dtype, "cache_dtype": cache_dtype, "device": device}
+    cache = format_of(cache_dtype or dtype).name
+    sets = [make_inputs(case, **options, seed=seed) for seed in range(input_sets(case.cache_bytes(cache)))]
     attention = attention_for(sets[0], config)
     row = {"case": case.name, "batch": case.batch, "tokens": case.tokens, "heads": case.heads, "q_len": case.query_len}
-    row |= {"cache_dtype": cache_dtype, "page_size": page_size, "kernel": compare.kernel_name(attention)}
-    row["limit_us"] = round(case.limit_us(cache_dtype), 2)
+    row |= {"cache_dtype": cache, "page_size": page_size, "kernel": compare.kernel_name(attention)}
+    row["limit_us"] = round(case.limit_us(cache), 2)
     row["ours_us"] = round(graph_us([ours(attention, data) for data in sets]), 2)
     wanted = expected(sets[0])[0] if peers else None
     makers = {peer: DECODE[peer] for peer in peers}
-    return row | compare.time_peers(makers, sets, lambda result: compare.peer_error(result, wanted), refused)
+    most = compare.PEER_ERROR_FP8 if sets[0].cache_AGK.itemsize == 1 else compare.PEER_ERROR
+    error_of = functools.partial(compare.peer_error, wanted=wanted)
+    return row | compare.time_peers(makers, sets, error_of, refused, most_error=most)
 
 
-def run(cases, *, peers, page_size: int = 64, kernel: str | None = None, csv: pathlib.Path | None = None):
-    """Rows and refusals of these cases, as compare.run gives them."""
-    config, options = compare.config_for("decode", kernel), {"page_size": page_size, "dtype": DTYPE}
+def run(
+    cases,
+    *,
+    peers,
+    page_size: int = 64,
+    cache: str = "bf16",
+    kernel: str | None = None,
+    csv: pathlib.Path | None = None,
+):
+    """Rows and refusals of these cases, as compare.run gives them.   cache: a name of mla_kernels.FORMATS."""
+    config = compare.config_for("decode", kernel)
+    options = {"page_size": page_size, "dtype": DTYPE, "cache_dtype": FORMATS[cache].dtype}
     return compare.run(
         cases,
         lambda case: verify(case, config, **options),

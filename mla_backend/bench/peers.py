@@ -83,6 +83,8 @@ def vllm_triton(data: DecodeInputs):
 
 def flashmla(data: DecodeInputs):
     """DeepSeek's FlashMLA, as vLLM ships it; its schedule is made by the first call and then reused."""
+    if data.cache_AGK.itemsize == 1:
+        return _flashmla_fp8(data)
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
 
     schedule, _ = get_mla_metadata()
@@ -100,8 +102,27 @@ def flashmla(data: DecodeInputs):
     )
 
 
+def _flashmla_fp8(data: DecodeInputs):
+    """Of an fp8 cache: its queries are fp8 too, rounded here, and its schedule is made here; neither is timed."""
+    from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache_fp8, get_mla_metadata_dense_fp8
+
+    _, query_len, heads, _ = data.q_BQNK.shape
+    schedule, splits = get_mla_metadata_dense_fp8(data.seq_lens_B, query_len * heads, 1)
+    q, one = data.q_BQNK.to(data.cache_AGK.dtype), torch.ones(1, device=data.q_BQNK.device)
+    rows = data.cache_AGK.unsqueeze(2)
+    return lambda: flash_mla_with_kvcache_fp8(
+        q, rows, data.block_table_BM, data.seq_lens_B, data.latent, schedule, splits, data.scale, True, one, one
+    )
+
+
+def _need_16_bits(data: DecodeInputs) -> None:
+    if data.cache_AGK.itemsize == 1:
+        raise NotImplementedError("16-bit caches only")
+
+
 def fa3(data: DecodeInputs):
     """FlashAttention-3 with a latent query, as vLLM's FLASH_ATTN_MLA calls it."""
+    _need_16_bits(data)
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     batch, query_len, heads, _ = data.q_BQNK.shape
@@ -139,6 +160,7 @@ def page_lists(block_table_BM: torch.Tensor, seq_lens_B: torch.Tensor, page_size
 
 def flashinfer(data: DecodeInputs):
     """FlashInfer's MLA for Hopper; its plan is made here and not timed, as FlashMLA's schedule."""
+    _need_16_bits(data)
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
     batch, query_len, heads, width = data.q_BQNK.shape

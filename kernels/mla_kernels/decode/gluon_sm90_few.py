@@ -3,7 +3,7 @@
 As gluon_sm90.py, which has its schedule, its loaders and its merge, but with keys as rows of the matrix instructions
 and queries as columns (hopper_few.py). An fp8 cache is converted on its way to shared memory (hopper_convert.py).
 
-It has not run on a GPU yet, so dispatch puts it last of the GPU's kernels; MLA_BACKEND_DECODE=gluon_sm90_few takes it.
+It has not run on a GPU yet, so dispatch puts it last; MLA_BACKEND_DECODE=gluon_sm90_few takes it.
 """
 
 import torch

@@ -1,0 +1,106 @@
+"""The Hopper decode kernel for few query rows against the float64 reference, 16-bit and fp8 caches."""
+
+import pytest
+import torch
+
+from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
+KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90_few")
+E4M3 = torch.float8_e4m3fn
+CACHES = {"16 bits": {}, "fp8": {"cache_dtype": E4M3}, "fp8 with a scale": {"cache_dtype": E4M3, "cache_scale": 0.037}}
+
+
+@pytest.fixture(params=CACHES)
+def cache(request):
+    return CACHES[request.param]
+
+
+def make(heads, seq_lens, *, rope=64, dtype=torch.bfloat16, page_size=64, **options):
+    geometry = MLAGeometry(
+        num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
+    )
+    return make_decode(geometry, seq_lens, page_size=page_size, dtype=dtype, device="cuda", **options)
+
+
+def check(case):
+    q_latent, _, cache_AGK, _, seq_lens = case.arrays
+    layout = CacheLayout(geometry=case.geometry, format=format_of(cache_AGK.dtype), page_size=cache_AGK.shape[1])
+    problem = Problem(layout=layout, dtype=q_latent.dtype, max_query_len=case.options["query_len"])
+    assert KERNEL.unsupported(problem, device_of(cache_AGK)) == []
+    workspace = tuple(
+        torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype, device="cuda")
+        for shape, dtype in KERNEL.load().workspace(problem, device_of(cache_AGK), max_requests=len(seq_lens))
+    )
+    out, lse = torch.full_like(q_latent, torch.nan), torch.full(q_latent.shape[:2], torch.nan, device="cuda")
+    KERNEL.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[q_latent.dtype], case.magnitude())
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seq_lens", [[1, 0, 17], [63, 64, 65], [15, 200, 16, 1, 130], [3000, 5, 700]], ids=str)
+def test_lengths_around_every_edge(seq_lens, dtype, needles, cache):
+    check(make(16, seq_lens, dtype=dtype, needles=needles, **cache))
+
+
+@pytest.mark.parametrize("page_gap", [0, 576, 96], ids=["dense", "tma", "gather"])
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48, 64, 128, 192])
+def test_pages(page_size, page_gap, cache):
+    check(make(16, [page_size + 1, max(page_size - 1, 1), 131, 777], page_size=page_size, page_gap=page_gap, **cache))
+
+
+@pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (3, 1), (16, 1), (4, 4), (2, 7)])
+@pytest.mark.parametrize("rope", [64, 0])
+def test_up_to_16_query_rows(heads, query_len, rope, cache):
+    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len, **cache))
+
+
+@pytest.mark.parametrize(("heads", "query_len"), [(17, 1), (32, 1), (16, 2), (8, 4)])
+@pytest.mark.parametrize("rope", [64, 0])
+def test_up_to_32_query_rows(heads, query_len, rope):
+    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len))
+
+
+def test_query_tokens_before_the_sequence_see_nothing(cache):
+    check(make(4, [0, 2, 40], query_lens=4, **cache))
+
+
+def test_ragged(cache):
+    check(make(5, [5, 70, 1, 33, 2000], query_lens=[3, 1, 1, 3, 2], **cache))
+    check(make(5, [5, 70, 9], query_lens=[2, 0, 3], **cache))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 40, 131, 133, 300])
+def test_batches_cut_in_every_way(batch, cache):
+    check(make(16, [1 + (i * i * 97 + 31 * batch) % 1200 for i in range(batch)], **cache))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_code_is_the_value_that_torch_says(dtype):
+    """A query that looks at one key only reads out that key's codes; NaN stays NaN."""
+    case = make(1, [4], rope=0, dtype=dtype, needles=False, cache_dtype=E4M3)
+    q_latent, _, cache_AGK, table, _ = case.arrays
+    codes = torch.arange(512, device="cuda").remainder(256).to(torch.uint8)
+    not_a_number = (codes & 0x7F) == 0x7F
+    numbers = codes.masked_fill(not_a_number, 0)
+    page = int(table[0, 0])
+    cache_AGK[page, :4] = torch.zeros(4, 512, device="cuda").to(E4M3)
+    cache_AGK[page, 2] = numbers.view(E4M3)
+    q_latent[:] = 0
+    q_latent[0, 0, 126] = 60000.0  # code 126 is 448
+    out, _ = KERNEL.run(*case.arrays, **case.options)
+    assert torch.equal(out[0, 0], numbers.view(E4M3).to(dtype))
+    cache_AGK[page, 2] = codes.view(E4M3)
+    out, _ = KERNEL.run(*case.arrays, **case.options)
+    assert out[0, 0][not_a_number].isnan().all()
