@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from draft_checkpoints import eagle_draft, with_mtp_layer
 from fp8_oracle import FP8_TOLERANCE, generate_fp8
 from harness import MAX_TOKENS, assert_same_answers, prompts, varied_rounds
 
@@ -123,6 +124,20 @@ def test_nothing_is_compiled_and_little_allocated_while_serving(engine, checkpoi
     said = float(re.search(r"a step takes up to ([\d.]+) MiB", run.log)[1]) * 2**20
     assert run.watch["peak"] <= said + OF_THE_MODEL
     assert run.watch["kept"] <= 4 << 20
+
+
+@pytest.mark.parametrize("method", ["mtp", "eagle"])
+def test_drafts_with_cuda_graphs(engine, checkpoints, oracle, tmp_path, method):
+    """Attention of model and draft by ours, in captured graphs: guesses are taken and change nothing."""
+    plain = checkpoints(arch="v3", q_lora_rank=96, layers=1)
+    folder = with_mtp_layer(plain, tmp_path / "model") if method == "mtp" else plain
+    draft = {"model": str(eagle_draft(plain, tmp_path / "draft"))} if method == "eagle" else {}
+    speculation = {"method": method, "num_speculative_tokens": 2, "attention_backend": "CUSTOM", **draft}
+    run = engine(folder, [prompts(), prompts()], max_tokens=24, speculative_config=speculation, **GRAPHS)
+    for answers in run.rounds:
+        assert_same_answers(answers, oracle(plain, prompts(), 24))
+    guessed, taken = (run.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert taken > guessed / 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
