@@ -39,7 +39,7 @@ def test_two_ranks(engine, checkpoints, oracle):
     assert run.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
     said = [line for line in run.log.splitlines() if "mla_backend 0" in line]
     assert len(said) == 2, "each rank says it"
-    assert all("2 heads, latent 512" in line and "decode of 4 over a part of the cache" in line for line in said)
+    assert all("2 heads, latent 512" in line and "decode of 4 heads over a part of the cache" in line for line in said)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ class MLAAttention:
         why_not = "".join(f"; refused {', '.join(names)}: {reason}" for reason, names in refused.items())
         split, gathered = self.problem.split_tokens, self.decode_problem.geometry.num_heads
         splits = f"; batch invariant, in splits of {split} tokens" if split else ""
-        others = f", decode of {gathered} over a part of the cache" if self.decode_problem != self.problem else ""
+        others = f", decode of {gathered} heads over a part of the cache" if self.decode_problem != self.problem else ""
         return (
             f"{kernels}{why_not}; {self.problem.geometry}{others} on {self.device}; {layout.format.name} cache, "
             f"{layout.row_bytes} bytes a token and layer; "
