@@ -101,6 +101,58 @@ def test_offline(tmp_path):
     assert (tmp_path / "models/tiny/config.json").exists()
 
 
+@pytest.fixture(scope="module")
+def answers_of(model, oracle):
+    """answers_of(prompts, tokens) -> how transformers continues them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def answers(prompts, tokens):
+        return [tokenizer.decode(a.tokens) for a in oracle(model, [tokenizer(p)["input_ids"] for p in prompts], tokens)]
+
+    return answers
+
+
+def test_speculative(tmp_path, model, answers_of):
+    """Guesses are made and checked, and change no answer."""
+    pytest.importorskip("vllm")
+    from speculative import PROMPTS
+
+    options = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    shown = run("speculative.py", model, "--new", 12, "--dtype", "float32", cwd=tmp_path, **options)
+    for prompt, answer in zip(PROMPTS, answers_of(PROMPTS, 12), strict=True):
+        assert f"{prompt!r} -> {answer!r}" in shown
+    guessed, checks = map(int, re.search(r"(\d+) tokens guessed in (\d+) steps of a request, ", shown).groups())
+    assert guessed >= checks > 0
+
+
+def test_two_ranks(tmp_path, model, answers_of):
+    """Without GPUs two processes, each with half of the heads and the whole cache."""
+    pytest.importorskip("vllm")
+    from two_gpus import PROMPTS
+
+    shown = run("two_gpus.py", model, "--dtype", "float32", cwd=tmp_path)
+    for prompt, answer in zip(PROMPTS, answers_of(PROMPTS, 24), strict=True):
+        assert f"{prompt!r} -> {answer!r}" in shown
+    said = [line for line in shown.splitlines() if "mla_backend 0" in line]
+    assert len(said) == 2, "each rank says it"
+    assert all("2 heads, latent 512" in line for line in said)
+    assert "room for 58,240 cached tokens" in shown, "256 MiB of pages of 64 tokens, 2 layers of 2304 bytes a token"
+
+
+def test_long_context(tmp_path):
+    """From the second turn on all but the new tokens, and what is left of a page, comes from the cache."""
+    pytest.importorskip("vllm")
+    sizes = ("--context", 700, "--turns", 3, "--turn", 20, "--answer", 8)
+    shown = run("long_context_256k.py", *sizes, cwd=tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    rows = [row for row in map(str.split, shown.splitlines()) if len(row) == 5 and row[0].isdigit()]
+    assert [row[:3] for row in rows] == [["1", "636", "0"], ["2", "664", "640"], ["3", "692", "640"]]
+    assert all(float(row[3]) > 0 < float(row[4]) for row in rows)
+    refused = run("long_context_256k.py", "--context", 100, cwd=tmp_path, fails=True)
+    assert "--context must be more than 6144, what the turns take; got 100" in refused
+
+
 def test_serve(tmp_path, model, answer):
     pytest.importorskip("vllm")
     port = free_port()
@@ -126,7 +178,7 @@ def test_serve_says_that_the_server_did_not_start(tmp_path):
 
 
 def test_kernels_without_an_engine(tmp_path):
-    shown = run("decode_kernel_only.py", cwd=tmp_path, TRITON_INTERPRET="0")
+    shown = run("kernels_only.py", cwd=tmp_path, TRITON_INTERPRET="0")
     assert "equal to the reference" in shown
     table = {row[0]: row[1:] for row in map(str.split, shown.splitlines()) if len(row) == 4}
     # DeepSeek-V3: 512 + 64 values of 2 bytes a token and layer, or 128, 8 or 1 heads of 192 + 128; 61 layers.

@@ -10,6 +10,7 @@ import torch
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.memory import most_bytes
+from mla_backend.shards import Shards
 from mla_backend.steps import DecodeStep, PrefillStep, plan_context, tile_queries
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
 
@@ -76,6 +77,26 @@ def test_prefill(attention, new, old, rows):
     peak = peak_of(attention, run) + buffer.nbytes
     said = most_bytes(attention.problem, tokens=new, decode_tokens=0, context_rows=rows)
     assert 0.8 * said < peak <= said + 1024, "the formula leaves out a few numbers of the step itself"
+
+
+def test_prefill_where_ranks_share_the_cache(attention):
+    """Rows of this rank, of both, and in order."""
+    q, latent, rope, out = arguments(40)
+    rows, shards = 400, Shards(ranks=2, rank=0)
+    buffer = torch.zeros(rows + rows // 2, LAYOUT.row_elements)  # as vLLM makes it
+    step = PrefillStep(
+        query_start_B1=torch.tensor([0, 40], dtype=torch.int32),
+        max_query_len=40,
+        block_table_BM=torch.zeros(1, 100, dtype=torch.int32),
+        chunks=plan_context([40], [900], most_keys=rows, device=CPU, shards=shards),
+        gather_buffer_SK=buffer,
+        all_gather=lambda rows_SK: rows_SK.repeat(2, 1),
+    )
+    cache = torch.zeros(LAYOUT.shape(1))
+    run = partial(attention.prefill, q, latent, rope, cache, step, up_project=up_project, out_TNV=out)
+    peak = peak_of(attention, run) + buffer.nbytes
+    said = most_bytes(attention.problem, tokens=40, decode_tokens=0, context_rows=rows, ranks=2)
+    assert 0.8 * said < peak + rows * LAYOUT.row_bytes <= said + 1024, "all rows are there before a kernel runs again"
 
 
 def test_decode(attention):

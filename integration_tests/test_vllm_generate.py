@@ -115,19 +115,6 @@ def test_ngram_speculation(engine, checkpoints, oracle):
     ran(run, "decode", "prefill", "cache_write")
 
 
-def test_two_tensor_parallel_ranks(engine, checkpoints, oracle):
-    """Each has half of the heads and the whole cache."""
-    folder, batch = checkpoints(), prompts((2, 17, 65, 131))
-    # Ranks are processes of their own; vLLM asks for their cores where ranks outnumber NUMA nodes.
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    run = engine(folder, [batch, batch], tensor_parallel_size=2, env=env)
-    for answers in run.rounds:
-        assert_same_answers(answers, oracle(folder, batch))
-    said = [line for line in run.log.splitlines() if "mla_backend 0" in line]
-    assert len(said) == 2, "each rank says it"
-    assert all("2 heads, latent 512" in line for line in said)
-
-
 def test_backend_per_kind(engine, checkpoints, oracle):
     folder = checkpoints()
     run = engine(

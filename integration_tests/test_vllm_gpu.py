@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from draft_checkpoints import eagle_draft, with_mtp_layer
 from fp8_oracle import FP8_TOLERANCE, generate_fp8
 from harness import MAX_TOKENS, assert_same_answers, prompts, varied_rounds
 
@@ -123,3 +124,45 @@ def test_nothing_is_compiled_and_little_allocated_while_serving(engine, checkpoi
     said = float(re.search(r"a step takes up to ([\d.]+) MiB", run.log)[1]) * 2**20
     assert run.watch["peak"] <= said + OF_THE_MODEL
     assert run.watch["kept"] <= 4 << 20
+
+
+@pytest.mark.parametrize("method", ["mtp", "eagle"])
+def test_drafts_with_cuda_graphs(engine, checkpoints, oracle, tmp_path, method):
+    """Attention of model and draft by ours, in captured graphs: guesses are taken and change nothing."""
+    plain = checkpoints(arch="v3", q_lora_rank=96, layers=1)
+    folder = with_mtp_layer(plain, tmp_path / "model") if method == "mtp" else plain
+    draft = {"model": str(eagle_draft(plain, tmp_path / "draft"))} if method == "eagle" else {}
+    speculation = {"method": method, "num_speculative_tokens": 2, "attention_backend": "CUSTOM", **draft}
+    run = engine(folder, [prompts(), prompts()], max_tokens=24, speculative_config=speculation, **GRAPHS)
+    for answers in run.rounds:
+        assert_same_answers(answers, oracle(plain, prompts(), 24))
+    guessed, taken = (run.metrics[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    assert taken > guessed / 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize("ranks", [1, 2], ids=["tp2", "tp2-dcp2"])
+def test_two_gpus_answer_as_one(engine, checkpoints, ranks, cache):
+    """Several query tokens a request in captured graphs, prompts in pieces, prefix hits; without experts."""
+    folder, phrase = checkpoints(layers=1), prompts((9,))[0]
+    batch = [phrase * 5, phrase[:4] * 8, *prompts((1, 131, 300))]
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    options = {"kv_cache_dtype": cache, "speculative_config": speculation, "max_tokens": 24, **GRAPHS}
+    options |= {"max_num_batched_tokens": 128, "enable_chunked_prefill": True, "enable_prefix_caching": True}
+    one = engine(folder, [batch, batch], **options)
+    two = engine(
+        folder,
+        [batch, batch],
+        tensor_parallel_size=2,
+        decode_context_parallel_size=ranks,
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        **options,
+    )
+    tolerance = TF32_LOGPROBS if cache == "auto" else FP8_TOLERANCE
+    for answers, wanted in zip(two.rounds, one.rounds, strict=True):
+        assert [answer["tokens"] for answer in answers] == [answer["tokens"] for answer in wanted]
+        for got, want in zip(answers, wanted, strict=True):
+            assert max(abs(a - b) for a, b in zip(got["logprobs"], want["logprobs"], strict=True)) < tolerance
+    assert two.rounds[1][-1]["cached"] > 0
+    assert two.metrics["vllm:spec_decode_num_accepted_tokens"] > 0

@@ -20,13 +20,13 @@ def problem(heads: int, **splits) -> Problem:
     return Problem(layout=layout, dtype=torch.bfloat16, **splits)
 
 
-def server(tokens=8192, requests=256, context=131072, page=64):
+def server(tokens=8192, requests=256, context=131072, page=64, ranks=1, interleave=1):
     """What our code, and vLLM's for its own chunks, read of a server's config."""
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=requests),
         cache_config=SimpleNamespace(block_size=page),
         model_config=SimpleNamespace(max_model_len=context),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=ranks, cp_kv_cache_interleave_size=interleave),
     )
 
 
@@ -64,6 +64,15 @@ def test_rows_for_many_requests(monkeypatch, packed, rows):
     """Until vLLM 0.27 every request of a chunk has at least a page of it."""
     monkeypatch.setattr(compat, "packs_context", lambda: packed)
     assert memory.context_rows(server(requests=1024)) == rows
+
+
+@pytest.mark.parametrize(("ranks", "interleave"), [(8, 64), (3, 1), (5, 16)])
+def test_ranks_that_share_the_cache_gather_whole_rounds(ranks, interleave):
+    shared = server(ranks=ranks, interleave=interleave)
+    rows = memory.context_rows(shared)
+    assert rows % (ranks * interleave) == rows % 64 == 0
+    assert CONTEXT_ROWS - 64 * ranks * interleave < rows <= CONTEXT_ROWS
+    assert memory.step_bytes(shared, problem(16)) > memory.step_bytes(server(), problem(16))
 
 
 def implementation(heads: int, vllm_config, *, own_prefill=True) -> MLAImpl:

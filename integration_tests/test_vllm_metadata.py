@@ -1,5 +1,6 @@
 """vLLM's batch description becomes decode steps: uniform, ragged, and with padding that no request owns."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -7,26 +8,34 @@ import torch
 
 pytest.importorskip("vllm")
 
+from mla_backend.shards import Shards
 from mla_backend.vllm_adapter.backend import max_decode_query_len
 from mla_backend.vllm_adapter.metadata import MLAMetadataBuilder
 
 THRESHOLD = 4
 
 
-def decode_step(query_start: list[int], num_decode_tokens: int):
-    """What `_build_decode` makes of a batch; the builder's own state beside a threshold is not needed."""
-    builder = object.__new__(MLAMetadataBuilder)
-    builder._most_untiled = THRESHOLD
+@pytest.fixture
+def builder():
+    """Its __init__ wants an engine; what is tested here wants these."""
+    made = object.__new__(MLAMetadataBuilder)
+    made._most_untiled, made._most_tokens, made.device = THRESHOLD, 16, torch.device("cpu")
+    made._token_buffers = cache(made._make_token_buffers)
+    return made
+
+
+def decode_step(builder, query_start: list[int], num_decode_tokens: int, *, all_seq_lens=None):
+    """What `_build_decode` makes of a batch. all_seq_lens: of all ranks, where they share the cache."""
     starts = torch.tensor(query_start, dtype=torch.int32)
     batch = len(query_start) - 1
     return builder._build_decode(
-        block_table_tensor=torch.zeros(batch, 1, dtype=torch.int32),
+        block_table_tensor=torch.arange(batch, dtype=torch.int32)[:, None],
         seq_lens_device=torch.full((batch,), 9, dtype=torch.int32),
         max_seq_len=9,
         query_start_loc_cpu=starts,
         query_start_loc_device=starts,
         num_decode_tokens=num_decode_tokens,
-        dcp_tot_seq_lens_device=None,
+        dcp_tot_seq_lens_device=None if all_seq_lens is None else torch.tensor(all_seq_lens, dtype=torch.int32),
     ).step
 
 
@@ -41,9 +50,36 @@ def decode_step(query_start: list[int], num_decode_tokens: int):
         ([0, 0], 0, 0, False),
     ],
 )
-def test_decode_step(query_start, tokens, query_len, ragged):
-    step = decode_step(query_start, tokens)
+def test_decode_step(builder, query_start, tokens, query_len, ragged):
+    step = decode_step(builder, query_start, tokens)
     assert (step.query_len, step.query_start_B1 is not None) == (query_len, ragged)
+
+
+@pytest.mark.parametrize(
+    ("query_start", "tokens", "all_seq_lens", "rows", "pages"),
+    [
+        ([0, 3, 6], 6, [10, 5], [4, 4, 5, 1, 2, 2], [0, 0, 0, 1, 1, 1]),
+        ([0, 1, 4], 4, [1, 8], [0, 3, 3, 4], [0, 1, 1, 1]),  # nothing of the first request is here
+        ([0, 2, 2, 3], 5, [10, 0, 4], [4, 5, 2, 0, 0], [0, 0, 2, 2, 2]),  # a request without tokens, two of padding
+        ([0, 1, 2], 3, [10, 9], [5, 4, 0], [0, 1, 1]),
+    ],
+)
+def test_decode_step_of_a_rank_that_shares_the_cache(builder, query_start, tokens, all_seq_lens, rows, pages):
+    """The second of two ranks, with every other position: a token is a request that sees every other row."""
+    builder._shards = Shards(ranks=2, rank=1)
+    step = decode_step(builder, query_start, tokens, all_seq_lens=all_seq_lens)
+    assert (step.query_len, step.query_start_B1) == (1, None)
+    assert step.seq_lens_B.tolist() == rows
+    assert step.block_table_BM.flatten().tolist() == pages
+    again = decode_step(builder, [0, 2], 2, all_seq_lens=[4])
+    for name in ("seq_lens_B", "block_table_BM"):
+        assert getattr(again, name).data_ptr() == getattr(step, name).data_ptr(), "a captured graph reads there"
+
+
+def test_single_tokens_of_a_rank_go_as_vllm_hands_them_over(builder):
+    """Its lengths are this rank's already, at an address of vLLM's that stays."""
+    builder._shards = Shards(ranks=2, rank=1)
+    assert decode_step(builder, [0, 1, 2, 3], 3, all_seq_lens=[18, 17, 19]).seq_lens_B.tolist() == [9, 9, 9]
 
 
 @pytest.mark.parametrize(

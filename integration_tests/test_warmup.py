@@ -34,6 +34,7 @@ SPLITS = {"split_tokens": 256, "tiled": [4]}
         ("H200", {}),
         ("H200", {"joined": True, **SPECULATION}),
         ("H200", {"heads": 128, "max_requests": 140, **SPECULATION}),
+        ("H200", {"heads": 4, "ranks": 2, "ragged": [], "joined": True}),
         ("H200", {"heads": 6, "page_size": 1, "rope": 0, "dtype": "float16", "cache_dtype": "float16"}),
         ("H200", {"dtype": "float32", "cache_dtype": "float32"}),
         ("H200", FP8),

@@ -10,6 +10,7 @@ warm-up, "compiled": kernels by it, "late": kernels that batches then needed, "f
 import json
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,6 +29,7 @@ SPEC = {
     "joined": False,
     "tiled": [],
     "split_tokens": None,
+    "ranks": 1,
 }
 
 
@@ -56,7 +58,14 @@ class Server:
             split_tokens=spec["split_tokens"],
             max_seq_len=40 * spec["page_size"],
         )
-        self.attention = MLAAttention(problem, DEVICES[device], MLABackendConfig(), scale=0.1)
+        all_heads = replace(self.geometry, num_heads=spec["ranks"] * spec["heads"])  # of ranks that share the cache
+        self.attention = MLAAttention(
+            problem,
+            DEVICES[device],
+            MLABackendConfig(),
+            scale=0.1,
+            decode_problem=replace(problem, layout=replace(layout, geometry=all_heads)),
+        )
         self.cache_AGK = torch.zeros(layout.shape(5), dtype=cache_dtype)
         self.cache_scale = torch.ones(()) if layout.format.scaled else None
         self.scratch = [
@@ -121,7 +130,8 @@ class Server:
         self.attention.decode(*self._queries(tokens), self.cache_AGK, step, **options)
 
     def _queries(self, tokens: int):
-        heads, nope, latent = self.geometry.num_heads, self.geometry.qk_nope_head_dim, self.geometry.kv_lora_rank
+        heads = self.attention.decode_problem.geometry.num_heads
+        nope, latent = self.geometry.qk_nope_head_dim, self.geometry.kv_lora_rank
         if self.spec["joined"]:
             q_TNK = torch.zeros(tokens, heads, self.geometry.latent_dim, dtype=self.dtype)
             return q_TNK[..., :latent], q_TNK[..., latent:]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from mla_backend.config import OPERATIONS, MLABackendConfig
-from mla_backend.steps import TILES_AT_ONCE, DecodeStep, PrefillStep, TiledStep
+from mla_backend.steps import TILES_AT_ONCE, ContextChunk, DecodeStep, PrefillStep, TiledStep
 from mla_kernels import Device, Problem, Selection, select, tensor_bytes
 
 # Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
@@ -21,6 +21,7 @@ class MLAAttention:
     no scale, and it is not read.
 
     problem: what is static. scale: factor of the scores, with whatever the model multiplies into 1/sqrt(P + R).
+    decode_problem: the same of decode where that differs: with context parallelism it gets other ranks' heads, too.
     operations: those that will be called.
     Raises UnsupportedMLA or ValueError (see mla_kernels.select) when an operation has no kernel.
     """
@@ -32,14 +33,19 @@ class MLAAttention:
         config: MLABackendConfig,
         *,
         scale: float,
+        decode_problem: Problem | None = None,
         operations: tuple[str, ...] = OPERATIONS,
     ):
         self.problem, self.device, self.scale = problem, device, scale
+        self.decode_problem = decode_problem or problem
         self.chosen: dict[str, Selection] = {
-            name: select(name, problem, device, kernel=config.kernel_for(name)) for name in operations
+            name: select(name, self._problem_of(name), device, kernel=config.kernel_for(name)) for name in operations
         }
         self._workspaces: dict[int, tuple] = {}
         self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
+
+    def _problem_of(self, operation: str) -> Problem:
+        return self.decode_problem if operation == "decode" else self.problem
 
     def _call(self, operation: str, *args, **kwargs):
         CALLS[operation, self.chosen[operation].kernel.name] += 1
@@ -58,10 +64,11 @@ class MLAAttention:
             for name, reasons in one.refused.items():
                 refused.setdefault(", ".join(reasons), []).append(name)
         why_not = "".join(f"; refused {', '.join(names)}: {reason}" for reason, names in refused.items())
-        split = self.problem.split_tokens
+        split, gathered = self.problem.split_tokens, self.decode_problem.geometry.num_heads
         splits = f"; batch invariant, in splits of {split} tokens" if split else ""
+        others = f", decode of {gathered} heads over a part of the cache" if self.decode_problem != self.problem else ""
         return (
-            f"{kernels}{why_not}; {self.problem.geometry} on {self.device}; {layout.format.name} cache, "
+            f"{kernels}{why_not}; {self.problem.geometry}{others} on {self.device}; {layout.format.name} cache, "
             f"{layout.row_bytes} bytes a token and layer; "
             f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode{splits}"
         )
@@ -75,14 +82,14 @@ class MLAAttention:
         if max_requests not in self._workspaces:  # asked for in every layer and step
             make = self.chosen["decode"].kernel.load().workspace
             most = max(max_requests, TILES_AT_ONCE) if self.problem.split_tokens else max_requests
-            self._workspaces[max_requests] = make(self.problem, self.device, max_requests=most)
+            self._workspaces[max_requests] = make(self.decode_problem, self.device, max_requests=most)
         return self._workspaces[max_requests]
 
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
         """(requests, query tokens) of decode calls that take every form which the kernel has for up to `max_requests`
         requests of any of `query_lens` tokens. Of Triton kernels only: others are not compiled."""
         kernel = self.chosen["decode"].kernel.load()
-        return kernel.variants(self.problem, self.device, max_requests=max_requests, query_lens=query_lens)
+        return kernel.variants(self.decode_problem, self.device, max_requests=max_requests, query_lens=query_lens)
 
     def write(self, kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None) -> None:
         self._call("cache_write", kv_latent_TL, k_rope_TR, cache_AGK, slots_T, **self._scaled(cache_scale))
@@ -185,16 +192,7 @@ class MLAAttention:
         """Fold what new tokens see of their cached context into `out_TNV`, and return that."""
         latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
-            rows_SK = step.gather_buffer_SK[: chunk.num_keys]
-            self.gather(
-                cache_AGK,
-                step.block_table_BM[chunk.requests],
-                chunk.starts_B,
-                chunk.key_start_B1,
-                rows_SK,
-                max_key_len=chunk.max_key_len,
-                cache_scale=cache_scale,
-            )
+            rows_SK = self._context_rows(cache_AGK, step, chunk, cache_scale)
             part = self.attend(
                 q_TNQ[chunk.tokens],
                 *self.expanded(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
@@ -206,6 +204,21 @@ class MLAAttention:
             self.merge(out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
             del part  # before the next chunk needs as much
         return out_TNV
+
+    def _context_rows(self, cache_AGK, step: PrefillStep, chunk: ContextChunk, cache_scale) -> torch.Tensor:
+        """Cached rows of a chunk, request by request, those that other ranks have among them."""
+        mine = chunk.share or chunk
+        rows_SK = step.gather_buffer_SK[: mine.num_keys]
+        self.gather(
+            cache_AGK,
+            step.block_table_BM[chunk.requests],
+            mine.starts_B,
+            mine.key_start_B1,
+            rows_SK,
+            max_key_len=mine.max_key_len,
+            cache_scale=cache_scale,
+        )
+        return step.all_gather(rows_SK).index_select(0, mine.order_S) if chunk.share else rows_SK
 
     def expanded(self, kv_SNX, k_rope_SR):
         """Nope part of the keys, their rotary part, the same for all heads, and values: views all."""

@@ -7,11 +7,13 @@ from mla_kernels import Problem, tensor_bytes
 CONTEXT_ROWS = 16384  # cached rows that are expanded at a time: 1 GiB for 128 heads of 128 + 128 in 16 bits
 
 
-def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_rows: int) -> int:
+def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_rows: int, ranks: int = 1) -> int:
     """Bytes that a layer needs at once in any step, without decode scratch and without the output of the layer.
 
     tokens, decode_tokens: most tokens of a step that go to prefill, none if none ever do, and most that go to decode.
     context_rows: cached rows that are gathered and expanded at a time; the buffer for gathered ones stays.
+    ranks: that share the cache. Then decode has the heads of all of them, and a rank gathers its share of the rows,
+        then everybody's, and puts these in order.
     """
     geometry, dtype = problem.geometry, problem.dtype
     heads, latent, value = geometry.num_heads, geometry.kv_lora_rank, geometry.v_head_dim
@@ -23,10 +25,12 @@ def most_bytes(problem: Problem, *, tokens: int, decode_tokens: int, context_row
         return tensor_bytes((rows, heads), torch.float32)
 
     gathered = tensor_bytes((context_rows, geometry.latent_dim), dtype)
+    if ranks > 1:
+        gathered = 3 * gathered + gathered // ranks
     new = expanded(tokens) + lse(tokens)
     # A projection may want its input in one piece, which is a copy of the latent part.
     context = expanded(context_rows) + tensor_bytes((context_rows, latent), dtype)
     context += tensor_bytes((tokens, heads, value), dtype) + 2 * lse(tokens)
-    decode = tensor_bytes((decode_tokens, heads, latent), dtype) + lse(decode_tokens)
+    decode = tensor_bytes((decode_tokens, ranks * heads, latent), dtype) + ranks * lse(decode_tokens)
     prefill = max(new, context) if tokens else 0
     return gathered + max(prefill, decode)

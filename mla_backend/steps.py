@@ -3,12 +3,13 @@
 An engine's metadata builder makes them once a step; all layers share them. Shape suffixes as in mla_kernels.reference.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from mla_backend.shards import Shards
 from mla_kernels import MLAGeometry
 
 
@@ -44,6 +45,22 @@ class TiledStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextShare:
+    """What a rank gathers for a chunk of context where ranks share the cache: as many rows as any other, of which the
+    last ones of a request may be nobody's.
+
+    starts_B, key_start_B1, num_keys, max_key_len: as in ContextChunk, of this rank's rows.
+    order_S: int64, which of all ranks' gathered rows, one rank behind another, make up the chunk.
+    """
+
+    starts_B: torch.Tensor
+    key_start_B1: torch.Tensor
+    max_key_len: int
+    num_keys: int
+    order_S: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextChunk:
     """A slice of cached context of neighbouring prefill requests, small enough to expand at once.
 
@@ -51,6 +68,7 @@ class ContextChunk:
     query_start_B1: starts of those requests' tokens within `tokens`, int32.   max_query_len: the longest.
     starts_B: first cached position of each request's slice, int32.
     key_start_B1: where its rows begin in the gathered chunk, int32; `num_keys` in all, `max_key_len` at most each.
+    share: what of it this rank gathers, where ranks share the cache.
     """
 
     requests: slice
@@ -61,6 +79,7 @@ class ContextChunk:
     key_start_B1: torch.Tensor
     max_key_len: int
     num_keys: int
+    share: ContextShare | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +88,8 @@ class PrefillStep:
 
     query_start_B1: int32, starting at 0.  block_table_BM: int32.
     chunks: every (request, cached position) of the batch lies in exactly one.
-    gather_buffer_SK: scratch that the largest chunk fits in; None when there are no chunks.
+    gather_buffer_SK: scratch that the largest chunk, or share of one, fits in; None when there are no chunks.
+    all_gather: rows of this rank to those of all, one rank behind another; where ranks share the cache.
     """
 
     query_start_B1: torch.Tensor
@@ -77,6 +97,7 @@ class PrefillStep:
     block_table_BM: torch.Tensor
     chunks: tuple[ContextChunk, ...] = ()
     gather_buffer_SK: torch.Tensor | None = None
+    all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 TILE_ROWS = 64  # query rows of a tile: what the largest matrix instruction takes
@@ -103,10 +124,8 @@ def tile_queries(
     parts, first_token = [], 0
     for begin in range(0, len(tiles), TILES_AT_ONCE):
         requests, counts, behind = zip(*tiles[begin : begin + TILES_AT_ONCE], strict=True)
-        # One copy to the device for all three.
-        numbers = torch.tensor([*requests, *behind, 0, *accumulate(counts)], dtype=torch.int32)
-        numbers = numbers.to(seq_lens_B.device, non_blocking=True)
-        request_B, behind_B, query_start_B1 = numbers.split([len(counts), len(counts), len(counts) + 1])
+        starts = [0, *accumulate(counts)]
+        request_B, behind_B, query_start_B1 = _on_device(requests, behind, starts, device=seq_lens_B.device)
         step = DecodeStep(
             block_table_BM=block_table_BM.index_select(0, request_B),
             seq_lens_B=seq_lens_B.index_select(0, request_B) - behind_B,
@@ -134,46 +153,53 @@ def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], conte
 
 
 def plan_context(
-    query_lens: Sequence[int], context_lens: Sequence[int], *, most_keys: int, device: torch.device
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    *,
+    most_keys: int,
+    device: torch.device,
+    shards: Shards | None = None,
 ) -> tuple[ContextChunk, ...]:
     """Cut the cached context of a batch of prefill requests into chunks of at most `most_keys` rows.
 
     query_lens, context_lens: new and cached tokens of each request.
+    shards: ranks that share the cache. Requests are then cut where it is the first rank's turn, every rank gathers the
+        same number of rows, and `most_keys`, a multiple of a round, is what all of them gather at most.
     """
     first_token = [0, *accumulate(query_lens)]
+    unit = shards.round if shards else 1
     return tuple(
-        _context_chunk(pieces, query_lens, first_token, device) for pieces in _cut_context(context_lens, most_keys)
+        _context_chunk(pieces, query_lens, first_token, device, shards)
+        for pieces in _cut_context(context_lens, most_keys, unit)
     )
 
 
-def _cut_context(context_lens: Sequence[int], most_keys: int) -> Iterator[list[tuple[int, int, int]]]:
+def _cut_context(context_lens: Sequence[int], most_keys: int, unit: int) -> Iterator[list[tuple[int, int, int]]]:
     """Chunks as (request, first position, rows) of each of their requests, in order: greedy, so that all but the last
-    are full."""
-    pieces, room = [], most_keys
+    are full, of units of so many rows as well as can be."""
+    pieces, room = [], most_keys // unit
     for request, context_len in enumerate(context_lens):
         start = 0
         while start < context_len:
-            rows = min(room, context_len - start)
+            units = min(room, -(-(context_len - start) // unit))
+            rows = min(units * unit, context_len - start)
             pieces.append((request, start, rows))
-            start, room = start + rows, room - rows
+            start, room = start + rows, room - units
             if room == 0:
                 yield pieces
-                pieces, room = [], most_keys
+                pieces, room = [], most_keys // unit
     if pieces:
         yield pieces
 
 
-def _context_chunk(pieces, query_lens, first_token, device) -> ContextChunk:
+def _context_chunk(pieces, query_lens, first_token, device, shards: Shards | None) -> ContextChunk:
     """A chunk is for all requests from its first to its last: one between them that has no context brings no rows."""
     first, last = pieces[0][0], pieces[-1][0]
     start, rows = [0] * (last - first + 1), [0] * (last - first + 1)
     for request, position, count in pieces:
         start[request - first], rows[request - first] = position, count
-    key_start = [0, *accumulate(rows)]
     query_start = [token - first_token[first] for token in first_token[first : last + 2]]
-    # One copy to the device for all three.
-    numbers = torch.tensor([*start, *key_start, *query_start], dtype=torch.int32).to(device, non_blocking=True)
-    starts_B, key_start_B1, query_start_B1 = numbers.split([len(start), len(key_start), len(query_start)])
+    starts_B, key_start_B1, query_start_B1 = _on_device(start, [0, *accumulate(rows)], query_start, device=device)
     return ContextChunk(
         requests=slice(first, last + 1),
         tokens=slice(first_token[first], first_token[last + 1]),
@@ -182,5 +208,30 @@ def _context_chunk(pieces, query_lens, first_token, device) -> ContextChunk:
         starts_B=starts_B,
         key_start_B1=key_start_B1,
         max_key_len=max(rows),
-        num_keys=key_start[-1],
+        num_keys=sum(rows),
+        share=_share(start, rows, shards, device) if shards else None,
     )
+
+
+def _share(start: list[int], rows: list[int], shards: Shards, device: torch.device) -> ContextShare:
+    """What each rank gathers of requests' slices that begin at the first rank's turn."""
+    each = [-(-count // shards.round) * shards.interleave for count in rows]  # rows of a rank, rounded up
+    key_start = [0, *accumulate(each)]
+    position = torch.cat([torch.arange(count) for count in rows])
+    rank, row = shards.place(position)
+    order = rank * key_start[-1] + row + torch.tensor(key_start[:-1]).repeat_interleave(torch.tensor(rows))
+    local_start = [position // shards.ranks for position in start]
+    starts_B, key_start_B1 = _on_device(local_start, key_start, device=device)
+    return ContextShare(
+        starts_B=starts_B,
+        key_start_B1=key_start_B1,
+        max_key_len=max(each),
+        num_keys=key_start[-1],
+        order_S=order.to(device, non_blocking=True),
+    )
+
+
+def _on_device(*lists: list[int], device: torch.device) -> Sequence[torch.Tensor]:
+    """Each list as int32, with one copy to the device for all."""
+    numbers = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32)
+    return numbers.to(device, non_blocking=True).split([len(numbers) for numbers in lists])

@@ -142,7 +142,7 @@ class _Tensors:
 
     def _queries(self, tokens: int):
         """Latent and rotary parts of absorbed queries."""
-        geometry = self._geometry
+        geometry = self._attention.decode_problem.geometry
         if self._traffic.joined:
             q_TNK = self._new(tokens, geometry.num_heads, geometry.latent_dim)
             return q_TNK.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)

@@ -99,6 +99,6 @@ def plan(
     if not gpus.weight_bytes:
         console.print("No weights are counted: none lie beside config.json. --weights GIB says how many there are.")
     if gpus.context_parallel > 1:
-        console.print("mla_backend refuses --decode-context-parallel-size above 1 for now.")
+        console.print("mla_backend takes --decode-context-parallel-size in vLLM, not in SGLang.")
     if model.missing:
         console.print(f"mla_backend does not serve it yet: it needs {model.missing}.")

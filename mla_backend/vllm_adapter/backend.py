@@ -1,5 +1,6 @@
 """What vLLM asks before it takes us: names, limits, and reasons for a refusal."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from vllm.v1.attention.backend import MultipleOf
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import family_of, geometry_of
 from mla_backend.steps import tile_tokens
-from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
+from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE, compat
 from mla_backend.vllm_adapter.model_types import not_served_as_mla
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select, split_for
 
@@ -71,6 +72,14 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
     )
 
 
+def decode_problem(problem: Problem, ranks: int) -> Problem:
+    """What decode gets where `ranks` share the cache: the heads of all of them, and every query token as a request."""
+    if ranks == 1:
+        return problem
+    geometry = replace(problem.geometry, num_heads=ranks * problem.geometry.num_heads)
+    return replace(problem, layout=replace(problem.layout, geometry=geometry), max_query_len=1)
+
+
 def max_decode_query_len(speculative) -> int:
     """Most query tokens that vLLM sends to decode for one request: 1, the drafted ones, and with parallel drafting as
     many again (`_init_reorder_batch_threshold` in vLLM's v1/attention/backend.py)."""
@@ -92,9 +101,17 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     family = family_of(hf_config)
     if family.missing:
         reasons.append(f"{family.name} needs {family.missing}, and mla_backend has none yet; leave out CUSTOM")
-    if vllm_config.parallel_config.decode_context_parallel_size > 1:
-        size = vllm_config.parallel_config.decode_context_parallel_size
-        reasons.append(f"mla_backend needs --decode-context-parallel-size 1 for now, got {size}")
+    ranks = vllm_config.parallel_config.decode_context_parallel_size
+    if envs.VLLM_BATCH_INVARIANT and ranks > 1:
+        reasons.append(
+            f"with VLLM_BATCH_INVARIANT=1 mla_backend needs --decode-context-parallel-size 1, got {ranks}: in which "
+            "order the ranks' answers are added up is up to NCCL"
+        )
+    config, device = MLABackendConfig.from_environment(), device_of(vllm_config.device_config.device_type)
+    if device.kind == "cpu" and ranks > 1 and not compat.cpu_shares_contexts():
+        reasons.append(
+            f"on a CPU --decode-context-parallel-size needs vLLM 0.32 or newer, got size {ranks}; leave it out"
+        )
     if vllm_config.parallel_config.use_ubatching:
         reasons.append("mla_backend has not been run with overlapping micro-batches; leave out --enable-dbo")
     if getattr(vllm_config.attention_config, "use_prefill_query_quantization", False):
@@ -111,10 +128,10 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
         problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=page_size)
     except ValueError as error:
         return [*reasons, str(error)]
-    config, device = MLABackendConfig.from_environment(), device_of(vllm_config.device_config.device_type)
     for operation in OPERATIONS:
         try:
-            select(operation, problem, device, kernel=config.kernel_for(operation))
+            wanted = decode_problem(problem, ranks) if operation == "decode" else problem
+            select(operation, wanted, device, kernel=config.kernel_for(operation))
         except (UnsupportedMLA, ValueError) as error:
             reasons.append(str(error))
     return reasons

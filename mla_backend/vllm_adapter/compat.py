@@ -1,6 +1,7 @@
 """Every difference between the vLLM versions that we serve, and every workaround for one of them."""
 
 from collections.abc import Iterator
+from functools import cache
 
 from packaging.version import Version
 
@@ -111,3 +112,35 @@ def disable_broken_cpu_rotary_op(compilation_config) -> None:
     """
     if not any(op.lstrip("+-") == "rotary_embedding" for op in compilation_config.custom_ops):
         compilation_config.custom_ops.append("-rotary_embedding")
+
+
+def cpu_shares_contexts() -> bool:
+    """Whether vLLM's CPU engine can run decode context parallelism with us.
+
+    Why: what `share_contexts_on_cpu` replaces has other arguments before 0.32, and before 0.31 cannot be replaced.
+    Remove when: vLLM 0.31 is no longer served.
+    """
+    import vllm
+
+    return Version(vllm.__version__).release[:2] >= (0, 32)
+
+
+@cache
+def share_contexts_on_cpu() -> None:
+    """Let vLLM's CPU engine run decode context parallelism.
+
+    Why: its slot mapping for CPUs refuses it, and answers of ranks are merged by a Triton kernel; CPU builds have no
+    Triton.
+    How: what vLLM puts in place of Triton kernels itself. Not by its `register_kernels`, which looks at everything that
+    is imported and by now trips over some of it.
+    Remove when: vLLM's CPU build has both.
+    """
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.attention.ops.dcp import CorrectAttnCPOutKernel
+    from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+
+    from mla_backend.vllm_adapter import cpu_kernels
+
+    ComputeSlotMappingKernel.kernel = KernelOverride(ComputeSlotMappingKernel.kernel, cpu_kernels.slot_mapping)
+    CorrectAttnCPOutKernel.kernel = KernelOverride(CorrectAttnCPOutKernel.kernel, cpu_kernels.weigh_answer)
+    CorrectAttnCPOutKernel.kernel.constexprs = cpu_kernels.CONSTANTS_OF_WEIGH_ANSWER  # counted at a launch

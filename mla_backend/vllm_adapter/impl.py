@@ -17,7 +17,7 @@ from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.scratch import Scratch
 from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import NAME, compat, memory
-from mla_backend.vllm_adapter.backend import layer_geometry, make_problem
+from mla_backend.vllm_adapter.backend import decode_problem, layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
 from mla_backend.warmup import Traffic, warm_up
 from mla_kernels import Problem, device_of
@@ -26,9 +26,11 @@ logger = init_logger("vllm.mla_backend")
 
 
 @cache
-def _attention(problem: Problem, device, config: MLABackendConfig, scale: float, max_requests: int) -> MLAAttention:
+def _attention(
+    problem: Problem, device, config: MLABackendConfig, scale: float, max_requests: int, ranks: int
+) -> MLAAttention:
     """One object for all layers that ask the same of the same device: kernels are chosen and announced once."""
-    attention = MLAAttention(problem, device, config, scale=scale)
+    attention = MLAAttention(problem, device, config, scale=scale, decode_problem=decode_problem(problem, ranks))
     logger.info("mla_backend %s: %s", version("mla-backend"), attention.describe(max_requests=max_requests))
     return attention
 
@@ -45,7 +47,8 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     """Cache write, decode and prefill by our kernels."""
 
     can_return_lse_for_decode: bool = True
-    supports_dcp: bool = False
+    supports_dcp: bool = True
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = True
     supports_pcp: bool = False
     _ready: ClassVar[set[tuple[MLAAttention, Traffic]]] = set()
 
@@ -61,9 +64,12 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             geometry=layer_geometry(self),
         )
         device = device_of(vllm_config.device_config.device)
-        max_requests = vllm_config.scheduler_config.max_num_seqs
-        self.attention = _attention(problem, device, MLABackendConfig.from_environment(), self.scale, max_requests)
-        self._scratch_shapes = tuple(self.attention.decode_workspace(max_requests))
+        if device.kind == "cpu" and _ranks(vllm_config) > 1:
+            compat.share_contexts_on_cpu()
+        self._max_requests, self._ranks = _most_decoded(vllm_config, problem), _ranks(vllm_config)
+        config = MLABackendConfig.from_environment()
+        self.attention = _attention(problem, device, config, self.scale, self._max_requests, self._ranks)
+        self._scratch_shapes = tuple(self.attention.decode_workspace(self._max_requests))
         self._device = torch.device(vllm_config.device_config.device)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self._own_prefill = _claim_prefill(vllm_config.attention_config)
@@ -95,12 +101,13 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
 
         most_query_tokens: that a request brings to decode, in one piece.
         """
-        problem = self.attention.problem
+        problem, shared = self.attention.problem, self._ranks > 1
         traffic = Traffic(
-            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_requests=self._max_requests,
             page_size=page_size,
-            uniform=range(1, most_query_tokens + 1),
-            ragged=(most_query_tokens,),
+            uniform=(1,) if shared else range(1, most_query_tokens + 1),
+            ragged=() if shared else (most_query_tokens,),
+            joined=shared,
             tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens else (),
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
@@ -181,6 +188,16 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def _up_project(self, latent_SL: torch.Tensor) -> torch.Tensor:
         expanded = self.kv_b_proj(latent_SL)[0]
         return expanded.view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
+
+
+def _ranks(vllm_config) -> int:
+    return vllm_config.parallel_config.decode_context_parallel_size
+
+
+def _most_decoded(vllm_config, problem: Problem) -> int:
+    """Requests of a call of decode; where ranks share the cache every query token is one."""
+    tokens = problem.max_query_len if _ranks(vllm_config) > 1 else 1
+    return vllm_config.scheduler_config.max_num_seqs * tokens
 
 
 def _refuse_unknown_features(*, attn_type: str = "decoder", **arguments) -> None:

@@ -4,6 +4,8 @@ In its profile run vLLM allocates what the up-projection of its own largest chun
 calls nothing of ours before 0.33. So our chunks are smaller, and all that a step of ours allocates fits into that.
 """
 
+import math
+
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
 
 from mla_backend.memory import CONTEXT_ROWS, most_bytes
@@ -12,17 +14,22 @@ from mla_kernels import Problem, tensor_bytes
 
 
 def context_rows(vllm_config) -> int:
-    """Cached rows that prefill gathers and expands at a time: half of vLLM's at most, whole pages."""
+    """Cached rows that prefill gathers and expands at a time: half of vLLM's at most, whole pages, and as many of each
+    rank that shares the cache."""
     vllms_own = MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size(vllm_config)
-    page = vllm_config.cache_config.block_size
-    least = page if compat.packs_context() else page * vllm_config.scheduler_config.max_num_seqs
-    return max(least, min(vllms_own // 2 // page * page, CONTEXT_ROWS))
+    parallel = vllm_config.parallel_config
+    unit = vllm_config.cache_config.block_size
+    if parallel.decode_context_parallel_size > 1:
+        unit = math.lcm(unit, parallel.decode_context_parallel_size * parallel.cp_kv_cache_interleave_size)
+    least = unit if compat.packs_context() else unit * vllm_config.scheduler_config.max_num_seqs
+    return max(least, min(vllms_own // 2, CONTEXT_ROWS) // unit * unit)
 
 
 def step_bytes(vllm_config, problem: Problem) -> int:
     """Bytes that a step of ours can take beside decode scratch."""
     scheduler = vllm_config.scheduler_config
     tokens, geometry = scheduler.max_num_batched_tokens, problem.geometry
+    ranks = vllm_config.parallel_config.decode_context_parallel_size
     if problem.split_tokens:  # all tokens go to decode, and vLLM makes their absorbed queries meanwhile
         absorbed = tensor_bytes((tokens, geometry.num_heads, geometry.kv_lora_rank), problem.dtype)
         rows = context_rows(vllm_config)  # of a buffer that vLLM makes, and that then nobody needs
@@ -32,6 +39,7 @@ def step_bytes(vllm_config, problem: Problem) -> int:
         tokens=tokens,
         decode_tokens=min(tokens, scheduler.max_num_seqs * problem.max_query_len),
         context_rows=context_rows(vllm_config),
+        ranks=ranks,
     )
 
 

@@ -1,10 +1,12 @@
 """vLLM's batch description, turned into engine-neutral steps once for all layers."""
 
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
 from vllm import envs
+from vllm.distributed.parallel_state import get_dcp_group
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
     MLACommonMetadata,
@@ -13,7 +15,8 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, tile_queries, tile_tokens
+from mla_backend.shards import Shards, tokens_as_requests
+from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, plan_context, tile_queries, tile_tokens
 from mla_backend.vllm_adapter import compat, memory
 
 
@@ -35,14 +38,22 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     With VLLM_BATCH_INVARIANT=1 that is every request: prefill then has the bits of decode, also in chunks and behind
     a cached prefix.
+
+    With decode context parallelism the lengths that vLLM hands over are this rank's, and of requests with several query
+    tokens they say too little: see `_token_step`.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     query_len_support: ClassVar[QueryLenSupport] = QueryLenSupport.VARLEN
 
+    _shards: Shards | None = None  # who has which rows, where ranks share the cache
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata, supports_dcp_with_varlen=True)
         self._most_untiled = self.reorder_batch_threshold
+        self._shards = _shards_of(vllm_config.parallel_config)
+        self._most_tokens = vllm_config.scheduler_config.max_num_seqs * self._most_untiled
+        self._token_buffers = cache(self._make_token_buffers)
         if envs.VLLM_BATCH_INVARIANT:
             self.reorder_batch_threshold = vllm_config.scheduler_config.max_num_batched_tokens
             self._tile_tokens = tile_tokens(
@@ -75,7 +86,11 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         # False also where vLLM counts padding tokens that no request owns (drafts of 0.28 and 0.29 in piecewise
         # graphs).
         uniform = longest * len(query_lens) == num_decode_tokens
-        if longest > self._most_untiled:
+        if self._shards and not (uniform and longest <= 1):
+            step = self._token_step(
+                block_table_tensor, dcp_tot_seq_lens_device, query_start_loc_device, num_decode_tokens
+            )
+        elif longest > self._most_untiled:
             pages = -(-max_seq_len // self.kv_cache_spec.block_size)  # others are nobody's, and would cost turns
             step = tile_queries(
                 query_lens.tolist(), block_table_tensor[:, :pages], seq_lens_device, tokens_of_tile=self._tile_tokens
@@ -96,18 +111,65 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             step=step,
         )
 
+    def _token_step(self, block_table_BM, all_seq_lens_B, query_start_B1, num_tokens: int) -> DecodeStep:
+        """Every query token as a request, with as many of this rank's rows as it sees.
+
+        Addresses stay, since a captured graph reads them again.
+        """
+        request_T, visible_T = tokens_as_requests(all_seq_lens_B, query_start_B1, num_tokens)
+        table_XM, rows_X = self._token_buffers(block_table_BM.shape[1])
+        torch.index_select(block_table_BM, 0, request_T, out=table_XM[:num_tokens])
+        rows_X[:num_tokens] = self._shards.rows(visible_T)
+        return DecodeStep(block_table_BM=table_XM[:num_tokens], seq_lens_B=rows_X[:num_tokens], query_len=1)
+
+    def _make_token_buffers(self, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block table and lengths of the most query tokens that one decode has."""
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+        return ints(self._most_tokens, pages), ints(self._most_tokens)
+
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> MLAMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if metadata.prefill is not None:
-            metadata.prefill_step = self._prefill_step(metadata.prefill)
+            metadata.prefill_step = self._prefill_step(metadata, common_attn_metadata)
         return metadata
 
-    def _prefill_step(self, prefill) -> PrefillStep:
-        chunks = compat.context_chunks(prefill)
+    def _prefill_step(self, metadata: MLAMetadata, batch) -> PrefillStep:
+        prefill = metadata.prefill
+        if self._shards and prefill.chunked_context is not None:
+            chunks = self._shared_context(metadata.num_decodes, batch)
+        else:
+            chunks = compat.context_chunks(prefill)
         return PrefillStep(
             query_start_B1=prefill.query_start_loc,
             max_query_len=prefill.max_query_len,
             block_table_BM=prefill.block_table,
             chunks=chunks,
             gather_buffer_SK=prefill.chunked_context.workspace if chunks else None,
+            all_gather=partial(get_dcp_group().all_gather, dim=0) if self._shards else None,
         )
+
+    def _shared_context(self, num_decodes: int, batch):
+        """Chunks of what prefill requests, those behind `num_decodes` others, have cached on all ranks."""
+        prefills = slice(num_decodes, batch.num_reqs)
+        query_lens = batch.query_start_loc_cpu.diff()[prefills]
+        context_lens = batch.seq_lens_cpu_upper_bound[prefills] - query_lens  # exact, for prefill
+        return plan_context(
+            query_lens.tolist(),
+            context_lens.tolist(),
+            most_keys=self.chunked_prefill_workspace_size,
+            device=self.device,
+            shards=self._shards,
+        )
+
+
+def _shards_of(parallel_config) -> Shards | None:
+    if parallel_config.decode_context_parallel_size == 1:
+        return None
+    return Shards(
+        ranks=parallel_config.decode_context_parallel_size,
+        rank=get_dcp_group().rank_in_group,
+        interleave=parallel_config.cp_kv_cache_interleave_size,
+    )

@@ -1,6 +1,6 @@
 """Our kernels without any engine: fill a paged latent cache, attend to it, check the result, count the bytes.
 
-    python examples/decode_kernel_only.py
+    python examples/kernels_only.py
 
 With DeepSeek-V3's geometry, on the GPU where there is one, else on the CPU (`TRITON_INTERPRET=1` takes the Triton
 kernels there, too).
