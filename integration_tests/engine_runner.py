@@ -3,9 +3,9 @@
     python engine_runner.py SPEC.json RESULT.json
 
 SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}, and perhaps
-"invariant_attention": true. Rounds run one after another on the same engine. RESULT: for each round and prompt the new
-tokens, their log-probabilities and how many prompt tokens came from the prefix cache; how often each of our kernels was
-called; vLLM's counters; what serving_watch.py saw.
+"invariant_attention": true, or "kimi": true for kimi_stand_in.py. Rounds run one after another on the same engine.
+RESULT: for each round and prompt the new tokens, their log-probabilities and how many prompt tokens came from the
+prefix cache; how often each of our kernels was called; vLLM's counters; what serving_watch.py saw.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 
+import kimi_stand_in
 from serving_watch import Watch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its counters can be read, it starts faster
@@ -41,6 +42,8 @@ def main(spec_path: str, result_path: str) -> None:
     }
     if spec.get("invariant_attention"):
         _tell_our_adapter_alone()
+    if spec.get("kimi"):
+        kimi_stand_in.stand_in()
     llm = LLM(**{**options, **spec["llm"]})
     watch.ready()
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import MultipleOf
 from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import family_of, geometry_of
 from mla_backend.steps import tile_tokens
-from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE
+from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE, compat
 from mla_backend.vllm_adapter.model_types import not_served_as_mla
 from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select, split_for
 
@@ -111,6 +111,11 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
         problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=page_size)
     except ValueError as error:
         return [*reasons, str(error)]
+    if family.fp8_queries and problem.layout.format.scaled and compat.has_layers_that_call_prefill():
+        reasons.append(
+            f"vLLM's layers of {family.name} want prefill in fp8 beside an fp8 cache, and mla_backend multiplies in "
+            f"the model's dtype; leave out --kv-cache-dtype {kv_cache_dtype}"
+        )
     config, device = MLABackendConfig.from_environment(), device_of(vllm_config.device_config.device_type)
     for operation in OPERATIONS:
         try:

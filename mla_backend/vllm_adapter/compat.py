@@ -1,6 +1,7 @@
 """Every difference between the vLLM versions that we serve, and every workaround for one of them."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from packaging.version import Version
 
@@ -98,6 +99,17 @@ def counts_our_steps() -> bool:
     from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 
     return hasattr(MLACommonImpl, "reserve_workspace")
+
+
+def has_layers_that_call_prefill() -> bool:
+    """Whether some models have MLA layers of their own here, which write the cache and call prefill themselves.
+
+    Why: those for CUDA (read in 0.32) assert fp8 queries beside an fp8 cache, in the first prefill.
+    Remove when: they ask the prefill backend.
+    """
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and find_spec("vllm.models") is not None
 
 
 def disable_broken_cpu_rotary_op(compilation_config) -> None:

@@ -90,10 +90,11 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         ours = memory.step_bytes(vllm_config, problem) if self._own_prefill else 0
         return ours, memory.profiled_bytes(vllm_config, problem)
 
-    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int) -> None:
+    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int, *, joined: bool = False) -> None:
         """Compile and load all that serving can ask for, and say what memory a step takes.
 
         most_query_tokens: that a request brings to decode, in one piece.
+        joined: whether the layer hands over queries as one tensor.
         """
         problem = self.attention.problem
         traffic = Traffic(
@@ -102,6 +103,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             uniform=range(1, most_query_tokens + 1),
             ragged=(most_query_tokens,),
             tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens else (),
+            joined=joined,
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
             return

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from vllm import envs
 from vllm.model_executor.layers.attention.mla_attention import (
+    MLAAttention,
     MLACommonDecodeMetadata,
     MLACommonMetadata,
     MLACommonMetadataBuilder,
@@ -50,8 +51,10 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
         layers = vllm_config.compilation_config.static_forward_context
-        for impl in {layers[name].impl.attention: layers[name].impl for name in layer_names}.values():
-            impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled)
+        for layer in {layers[name].impl.attention: layers[name] for name in layer_names}.values():
+            # Layers that do without vLLM's own (Kimi-Linear's, since 0.32) hand over queries as one tensor.
+            joined = not isinstance(layer, MLAAttention)
+            layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, joined=joined)
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
