@@ -112,6 +112,28 @@ def has_layers_that_call_prefill() -> bool:
     return current_platform.is_cuda() and find_spec("vllm.models") is not None
 
 
+def refuse_adapters_of(kv_b_proj) -> None:
+    """Let vLLM refuse an adapter (LoRA) that changes this projection of an MLA layer, with ValueError.
+
+    Why: vLLM wraps the projection, but decode multiplies with matrices that were absorbed from the model's own weights,
+    and prefill calls the projection beneath. The adapter would be left out, and nobody would say so.
+    Remove when: vLLM refuses such an adapter.
+    """
+    if not hasattr(kv_b_proj, "set_lora") or "set_lora" in vars(kv_b_proj):
+        return
+    take = kv_b_proj.set_lora
+
+    def refuse(index, lora_a, lora_b):
+        if lora_a.any() and lora_b.any():  # with empty ones vLLM measures memory and captures graphs
+            raise ValueError(
+                "mla_backend cannot serve an adapter for kv_b_proj: vLLM has absorbed that projection of MLA layers "
+                "into others. Make the adapter without kv_b_proj, or merge it into the model's weights."
+            )
+        take(index, lora_a, lora_b)
+
+    kv_b_proj.set_lora = refuse
+
+
 def disable_broken_cpu_rotary_op(compilation_config) -> None:
     """Use vLLM's own torch rotary embedding on a CPU.
 

@@ -50,8 +50,10 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
                 vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
             )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
-        layers = vllm_config.compilation_config.static_forward_context
-        for layer in {layers[name].impl.attention: layers[name] for name in layer_names}.values():
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        for layer in layers:
+            compat.refuse_adapters_of(layer.kv_b_proj)
+        for layer in {layer.impl.attention: layer for layer in layers}.values():
             # Layers that do without vLLM's own (Kimi-Linear's, since 0.32) hand over queries as one tensor.
             joined = not isinstance(layer, MLAAttention)
             layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, joined=joined)
