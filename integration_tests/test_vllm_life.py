@@ -26,7 +26,7 @@ def test_weights_are_reloaded_in_place(tmp_path, checkpoints, oracle):
 
 def test_pages_leave_the_engine_and_come_back(tmp_path, checkpoints, oracle):
     """A connector that copies pages to files takes them out of our cache and puts them back."""
-    folder, batch = checkpoints(layers=1), prompts((70, 131))
+    folder, batch = checkpoints(), prompts((70, 131))
     connector = {
         "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
@@ -90,7 +90,7 @@ def test_adapters(tmp_path, checkpoints, oracle):
 def test_soak(tmp_path, checkpoints, oracle):
     """Sixty requests for a small cache in batch-invariant attention: some are preempted, each tenth goes away, pages
     come back, and answers are those of the same requests alone, and transformers'."""
-    folder, lengths = checkpoints(layers=1), {"longest": 200, "answer": 32}
+    folder, lengths = checkpoints(), {"longest": 200, "answer": 32}
     run = run_life(
         tmp_path,
         folder,
@@ -99,7 +99,7 @@ def test_soak(tmp_path, checkpoints, oracle):
         llm={
             "block_size": 16,
             "max_model_len": 256,
-            "kv_cache_memory_bytes": 288 * 2304,
+            "kv_cache_memory_bytes": 288 * 2 * 2304,
             "max_num_batched_tokens": 64,
         },
         count=60,
@@ -107,6 +107,7 @@ def test_soak(tmp_path, checkpoints, oracle):
         alone=15,
         **lengths,
     )
+    assert {name.split(":")[0] for name in run["calls"]} == {"decode", "cache_write"}, "prefill goes through decode"
     assert run["left"] == 6
     assert len(run["alone"]) >= 15
     requests = make_requests(60, **lengths)

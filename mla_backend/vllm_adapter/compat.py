@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
+from mla_backend.models import Family
 from mla_backend.steps import ContextChunk
 
 FIRST, LAST = "0.26", "0.33"
@@ -101,15 +102,15 @@ def counts_our_steps() -> bool:
     return hasattr(MLACommonImpl, "reserve_workspace")
 
 
-def has_layers_that_call_prefill() -> bool:
-    """Whether some models have MLA layers of their own here, which write the cache and call prefill themselves.
+def has_own_layers(family: Family) -> bool:
+    """Whether this vLLM serves the family by MLA layers of its own, which write the cache and call prefill themselves.
 
-    Why: those for CUDA (read in 0.32) assert fp8 queries beside an fp8 cache, in the first prefill.
+    Why: those of `Family.own_layers` (since 0.27) assert fp8 queries beside an fp8 cache, in the first prefill.
     Remove when: they ask the prefill backend.
     """
     from vllm.platforms import current_platform
 
-    return current_platform.is_cuda() and find_spec("vllm.models") is not None
+    return bool(family.own_layers) and current_platform.is_cuda() and find_spec(family.own_layers) is not None
 
 
 def refuse_adapters_of(kv_b_proj) -> None:

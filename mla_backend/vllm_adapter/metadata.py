@@ -54,9 +54,8 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         for layer in layers:
             compat.refuse_adapters_of(layer.kv_b_proj)
         for layer in {layer.impl.attention: layer for layer in layers}.values():
-            # Layers that do without vLLM's own (Kimi-Linear's, since 0.32) hand over queries as one tensor.
-            joined = not isinstance(layer, MLAAttention)
-            layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, joined=joined)
+            models_layer = not isinstance(layer, MLAAttention)  # Kimi-Linear's, since 0.27
+            layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, models_layer=models_layer)
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
