@@ -12,6 +12,8 @@ import sys
 from functools import partial
 
 import engine_runner
+import offload_stand_in
+import torch
 from soak import soak
 
 
@@ -93,7 +95,6 @@ def adapters(engine: Engine, prompts, folder: str, wrong: str) -> dict:
 
 def sleep(engine: Engine, prompts, level: int) -> dict:
     """Answer, sleep, wake, load the weights again if they were given up, answer again: one request after another."""
-    import torch
 
     def alone():
         return [engine.answer([prompt])[0] for prompt in prompts]
@@ -125,6 +126,8 @@ def main(spec_path: str, result_path: str) -> None:
     spec = json.loads(pathlib.Path(spec_path).read_text())
     if spec.get("invariant_attention"):
         engine_runner.tell_our_adapter_alone()
+    if not torch.cuda.is_available():
+        offload_stand_in.stand_in()
     engine = Engine(spec["max_tokens"], **spec["llm"])
     result = SCENARIOS[spec["scenario"]](engine, **spec["arguments"])
     result |= {"calls": engine_runner.calls(), "metrics": engine_runner.counters(engine.llm)}

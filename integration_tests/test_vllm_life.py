@@ -24,15 +24,14 @@ def test_weights_are_reloaded_in_place(tmp_path, checkpoints, oracle):
     assert run["addresses"][1] == run["addresses"][2] == run["addresses"][0]
 
 
-def test_pages_leave_the_engine_and_come_back(tmp_path, checkpoints, oracle):
-    """A connector that copies pages to files takes them out of our cache and puts them back."""
+@pytest.mark.parametrize("connector", ["OffloadingConnector", "ExampleConnector"])
+def test_pages_leave_the_engine_and_come_back(tmp_path, checkpoints, oracle, connector):
+    """vLLM's offloading to host memory, with the copies of offload_stand_in.py, and a connector that writes files: they
+    take pages out of our cache and put them back."""
     folder, batch = checkpoints(), prompts((70, 131))
-    connector = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "pages")},
-    }
-    run = run_life(tmp_path, folder, "offload", prompts=batch, llm={"kv_transfer_config": connector})
+    options = {"cpu_bytes_to_use": 64 << 20, "shared_storage_path": str(tmp_path / "pages")}
+    transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_connector_extra_config": options}
+    run = run_life(tmp_path, folder, "offload", prompts=batch, llm={"kv_transfer_config": transfer})
     for answers in run["answers"]:
         assert_same_answers(answers, oracle(folder, batch))
     assert [answer["cached"] for answer in run["answers"][1]] == [64, 128]
