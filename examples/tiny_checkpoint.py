@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "glm4_moe_lite": ("Glm4MoeLiteConfig", SIGMOID),
     "minicpm3": ("MiniCPM3Config", None),
     "youtu": ("YoutuConfig", None),
+    "kimi_linear": ("KimiLinearConfig", None),
 }
 MSCALE = {"v2": 0.707}  # as in DeepSeek-V2's own config.json; V3 has 1
 # YaRN as in the real checkpoints. With plain rope and enforce_eager, vLLM's CPU build rotates strided queries wrongly
@@ -91,6 +92,8 @@ def make_checkpoint(
         tokenizer = make_tokenizer(TEXT.strip().splitlines(), vocab)
         tokenizer.save_pretrained(unfinished)
         _model(recipe, tokenizer).save_pretrained(unfinished)
+        if arch == "kimi_linear":
+            _name_dense_layers(unfinished)
         (unfinished / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n")
         _put(unfinished, folder, recipe)
     finally:
@@ -169,6 +172,8 @@ def _config(recipe: dict):
     # MiniCPM3 divides its last hidden state by hidden_size / dim_model_base, which vLLM's Transformers backend (0.32)
     # leaves out. That is not attention; with 1 both say the same.
     own = {"dim_model_base": recipe["hidden"]} if arch == "minicpm3" else {}
+    if arch == "kimi_linear":
+        own = _linear_attention(recipe["layers"], recipe["heads"])
     return getattr(transformers, name)(
         vocab_size=recipe["vocab"],
         hidden_size=recipe["hidden"],
@@ -190,6 +195,32 @@ def _config(recipe: dict):
         **({} if routing is None else experts | routing),
         **own,
     )
+
+
+def _linear_attention(layers: int, heads: int) -> dict:
+    """Every second layer has MLA, without rotation, and the others linear attention; the layers count from 1."""
+    numbers = range(1, layers + 1)
+    return {
+        "linear_attn_config": {
+            "kda_layers": [*numbers[::2]],
+            "full_attn_layers": [*numbers[1::2]],
+            "num_heads": 2 * heads,
+            "head_dim": 64,
+            "short_conv_kernel_size": 4,
+        },
+        "mla_use_nope": True,
+        "num_experts": 4,  # of which no layer has any
+        "first_k_dense_replace": layers,
+    }
+
+
+def _name_dense_layers(folder: Path) -> None:
+    """transformers (5.19) saves dense layers of Kimi-Linear under the name of its experts, which vLLM does not read."""
+    from safetensors.torch import load_file, save_file
+
+    (path,) = folder.glob("*.safetensors")
+    tensors = {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _model(recipe: dict, tokenizer):

@@ -3,9 +3,9 @@
     python engine_runner.py SPEC.json RESULT.json
 
 SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}, and perhaps
-"invariant_attention": true. Rounds run one after another on the same engine. RESULT: for each round and prompt the new
-tokens, their log-probabilities and how many prompt tokens came from the prefix cache; how often each of our kernels was
-called; vLLM's counters; what serving_watch.py saw.
+"invariant_attention": true, or "kimi": true for kimi_stand_in.py. Rounds run one after another on the same engine.
+RESULT: for each round and prompt the new tokens, their log-probabilities and how many prompt tokens came from the
+prefix cache; how often each of our kernels was called; vLLM's counters; what serving_watch.py saw.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 
+import kimi_stand_in
 from serving_watch import Watch
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: its counters can be read, it starts faster
@@ -21,38 +22,42 @@ os.environ.setdefault(
 )  # router helpers of vLLM compile themselves, which takes longer than they do
 
 
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+    "attention_backend": "CUSTOM",
+    "disable_log_stats": False,
+    "seed": 0,
+    # Else vLLM takes nine tenths of the memory, and engines could not run beside each other. The share says nothing
+    # beside those bytes, but vLLM refuses to start where less is free.
+    "kv_cache_memory_bytes": 64 << 20,
+    "gpu_memory_utilization": 0.02,
+}
+
+
 def main(spec_path: str, result_path: str) -> None:
     from vllm import LLM, SamplingParams
 
     spec, watch = json.loads(pathlib.Path(spec_path).read_text()), Watch()
     watch.follow()
-    options = {
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "enforce_eager": True,
-        "attention_backend": "CUSTOM",
-        "disable_log_stats": False,
-        "seed": 0,
-        # Else vLLM takes nine tenths of the memory, and engines could not run beside each other. The share says nothing
-        # beside those bytes, but vLLM refuses to start where less is free.
-        "kv_cache_memory_bytes": 64 << 20,
-        "gpu_memory_utilization": 0.02,
-    }
     if spec.get("invariant_attention"):
-        _tell_our_adapter_alone()
-    llm = LLM(**{**options, **spec["llm"]})
+        tell_our_adapter_alone()
+    if spec.get("kimi"):
+        kimi_stand_in.stand_in()
+    llm = LLM(**{**OPTIONS, **spec["llm"]})
     watch.ready()
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)
     rounds = []
     for prompts in spec["rounds"]:
         answers = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
-        rounds.append([_answer(a) for a in answers])
-    result = {"rounds": rounds, "calls": _calls(), "metrics": _counters(llm), "watch": watch.seen()}
+        rounds.append([answered(a) for a in answers])
+    result = {"rounds": rounds, "calls": calls(), "metrics": counters(llm), "watch": watch.seen()}
     pathlib.Path(result_path).write_text(json.dumps(result))
 
 
-def _tell_our_adapter_alone() -> None:
+def tell_our_adapter_alone() -> None:
     """Let our adapter see VLLM_BATCH_INVARIANT=1 and nobody else: on a CPU vLLM has no experts and no matrix products
     for that mode, and does not start."""
     from types import SimpleNamespace
@@ -63,7 +68,7 @@ def _tell_our_adapter_alone() -> None:
         module.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=True)
 
 
-def _answer(answer) -> dict:
+def answered(answer) -> dict:
     chosen = answer.outputs[0]
     return {
         "tokens": list(chosen.token_ids),
@@ -72,7 +77,7 @@ def _answer(answer) -> dict:
     }
 
 
-def _calls() -> dict[str, int]:
+def calls() -> dict[str, int]:
     if "mla_backend.attention" not in sys.modules:
         return {}
     from mla_backend.attention import CALLS
@@ -80,7 +85,7 @@ def _calls() -> dict[str, int]:
     return {f"{operation}:{kernel}": count for (operation, kernel), count in CALLS.items()}
 
 
-def _counters(llm) -> dict[str, float]:
+def counters(llm) -> dict[str, float]:
     return {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
 
 

@@ -90,6 +90,7 @@ def run_engine(
     fails=False,
     max_tokens=MAX_TOKENS,
     invariant_attention=False,
+    kimi=False,
     **llm,
 ):
     """Run vLLM (engine_runner.py) with `folder` as its working directory. Returns an EngineRun, or a FailedRun if
@@ -97,10 +98,33 @@ def run_engine(
 
     rounds: batches of prompts (token ids), one after another.   llm: keyword arguments of vllm.LLM.
     invariant_attention: tell our adapter alone that the engine is to be batch invariant.
+    kimi: let a CPU run Kimi-Linear (kimi_stand_in.py).
     """
     spec = {"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}
-    spec["invariant_attention"] = invariant_attention
+    spec |= {"invariant_attention": invariant_attention, "kimi": kimi}
     return _run("engine_runner.py", folder, spec, env={**kernels_env(kernels), **(env or {})}, fails=fails)
+
+
+def run_life(
+    place: pathlib.Path,
+    model,
+    scenario: str,
+    *,
+    max_tokens=MAX_TOKENS,
+    env=None,
+    invariant_attention=False,
+    llm=None,
+    **arguments,
+):
+    """Run a scenario of life_runner.py, with `place` as its working directory. Returns what it returned, and "log".
+
+    invariant_attention: as for `run_engine`.   llm: keyword arguments of vllm.LLM.   arguments: of the scenario.
+    """
+    spec = {"llm": {"model": str(model), **(llm or {})}, "max_tokens": max_tokens}
+    spec |= {"scenario": scenario, "arguments": arguments, "invariant_attention": invariant_attention}
+    code, log = _process("life_runner.py", place, spec, {**kernels_env("torch"), **(env or {})})
+    assert code == 0, log[-6000:]
+    return {**json.loads((place / "result.json").read_text()), "log": log}
 
 
 def run_sglang(
@@ -112,22 +136,26 @@ def run_sglang(
 
 
 def _run(script: str, folder: pathlib.Path, spec: dict, *, env: dict[str, str], fails: bool):
-    spec_file, result = folder / "spec.json", folder / "result.json"
-    spec_file.write_text(json.dumps(spec))
+    code, log = _process(script, folder, spec, env)
+    if fails:
+        assert code != 0, f"the engine was expected to refuse, but ran:\n{log[-4000:]}"
+        return FailedRun(code, log)
+    assert code == 0, log[-6000:]
+    return EngineRun(**json.loads((folder / "result.json").read_text()), log=log)
+
+
+def _process(script: str, folder: pathlib.Path, spec: dict, env: dict[str, str]) -> tuple[int, str]:
+    """Exit status and log of a runner, which writes result.json into `folder`."""
+    (folder / "spec.json").write_text(json.dumps(spec))
     done = subprocess.run(
-        [sys.executable, str(HERE / script), str(spec_file), str(result)],
+        [sys.executable, str(HERE / script), "spec.json", "result.json"],
         env={**os.environ, **env},
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=400,
     )
-    log = done.stdout + done.stderr
-    if fails:
-        assert done.returncode != 0, f"the engine was expected to refuse, but ran:\n{log[-4000:]}"
-        return FailedRun(done.returncode, log)
-    assert done.returncode == 0, log[-6000:]
-    return EngineRun(**json.loads(result.read_text()), log=log)
+    return done.returncode, done.stdout + done.stderr
 
 
 def assert_same_answers(answers, expected, *, tolerance: float = LOGPROB_TOLERANCE) -> None:

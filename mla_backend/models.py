@@ -18,12 +18,14 @@ class Family:
     missing: what they need and we do not have; empty for dense MLA.
     expanded: vLLM's own code for them caches expanded heads, so MLA needs another option.
     unlisted: vLLM's code for them has MLA layers, but its list of MLA model types (is_deepseek_mla) leaves them out.
+    own_layers: module of vLLM with MLA layers of their own for CUDA, which want prefill in fp8 beside an fp8 cache.
     """
 
     name: str
     missing: str = ""
     expanded: bool = False
     unlisted: bool = False
+    own_layers: str = ""
 
 
 _SPARSE = "sparse MLA attention, which reads a few tokens that an indexer chose"
@@ -32,7 +34,7 @@ _FAMILIES = {
     "deepseek_v2": Family(name="DeepSeek-V2"),
     "deepseek_v3": Family(name="DeepSeek-V3 (R1, Kimi-K2, Moonlight, Mistral Large 3)"),
     "kimi_k2": Family(name="Kimi-K2"),
-    "kimi_linear": Family(name="Kimi-Linear"),
+    "kimi_linear": Family(name="Kimi-Linear", own_layers="vllm.models.kimi_k3"),
     "glm4_moe_lite": Family(name="GLM-4.7-Flash"),
     _LONGCAT: Family(name="LongCat-Flash"),
     "pangu_ultra_moe": Family(name="openPangu-Ultra"),

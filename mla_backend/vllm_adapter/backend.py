@@ -128,6 +128,11 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
         problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=kv_cache_dtype, page_size=page_size)
     except ValueError as error:
         return [*reasons, str(error)]
+    if problem.layout.format.scaled and compat.has_own_layers(family):
+        reasons.append(
+            f"vLLM's layers of {family.name} want prefill in fp8 beside an fp8 cache, and mla_backend multiplies in "
+            f"the model's dtype; leave out --kv-cache-dtype {kv_cache_dtype}"
+        )
     for operation in OPERATIONS:
         try:
             wanted = decode_problem(problem, ranks) if operation == "decode" else problem

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 
 from packaging.version import Version
 
+from mla_backend.models import Family
 from mla_backend.steps import ContextChunk
 
 FIRST, LAST = "0.26", "0.33"
@@ -99,6 +101,39 @@ def counts_our_steps() -> bool:
     from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 
     return hasattr(MLACommonImpl, "reserve_workspace")
+
+
+def has_own_layers(family: Family) -> bool:
+    """Whether this vLLM serves the family by MLA layers of its own, which write the cache and call prefill themselves.
+
+    Why: those of `Family.own_layers` (since 0.27) assert fp8 queries beside an fp8 cache, in the first prefill.
+    Remove when: they ask the prefill backend.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(family.own_layers) and current_platform.is_cuda() and find_spec(family.own_layers) is not None
+
+
+def refuse_adapters_of(kv_b_proj) -> None:
+    """Let vLLM refuse an adapter (LoRA) that changes this projection of an MLA layer, with ValueError.
+
+    Why: vLLM wraps the projection, but decode multiplies with matrices that were absorbed from the model's own weights,
+    and prefill calls the projection beneath. The adapter would be left out, and nobody would say so.
+    Remove when: vLLM refuses such an adapter.
+    """
+    if not hasattr(kv_b_proj, "set_lora") or "set_lora" in vars(kv_b_proj):
+        return
+    take = kv_b_proj.set_lora
+
+    def refuse(index, lora_a, lora_b):
+        if lora_a.any() and lora_b.any():  # with empty ones vLLM measures memory and captures graphs
+            raise ValueError(
+                "mla_backend cannot serve an adapter for kv_b_proj: vLLM has absorbed that projection of MLA layers "
+                "into others. Make the adapter without kv_b_proj, or merge it into the model's weights."
+            )
+        take(index, lora_a, lora_b)
+
+    kv_b_proj.set_lora = refuse
 
 
 def disable_broken_cpu_rotary_op(compilation_config) -> None:

@@ -90,16 +90,20 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         ours, counted = self._step_memory(self._vllm_config)
         torch.empty(max(ours - counted, 0), dtype=torch.uint8, device=self._device)
 
-    def _step_memory(self, vllm_config) -> tuple[int, int]:
+    def _step_memory(self, vllm_config, models_layer: bool = False) -> tuple[int, int]:
         """Bytes that a step of ours takes beside scratch, none if prefill is not ours, and those that vLLM counts."""
         problem = self.attention.problem
         ours = memory.step_bytes(vllm_config, problem) if self._own_prefill else 0
+        if models_layer:  # vLLM's profile leaves such a layer out
+            return ours + memory.concatenated_bytes(vllm_config, problem), 0
         return ours, memory.profiled_bytes(vllm_config, problem)
 
-    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int) -> None:
+    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int, *, models_layer: bool = False) -> None:
         """Compile and load all that serving can ask for, and say what memory a step takes.
 
         most_query_tokens: that a request brings to decode, in one piece.
+        models_layer: whether the layer is one of the model's own in place of vLLM's, which hands over queries as one
+            tensor and calls prefill itself.
         """
         problem, shared = self.attention.problem, self._ranks > 1
         traffic = Traffic(
@@ -107,7 +111,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             page_size=page_size,
             uniform=(1,) if shared else range(1, most_query_tokens + 1),
             ragged=() if shared else (most_query_tokens,),
-            joined=shared,
+            joined=shared or models_layer,
             tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens else (),
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
@@ -122,16 +126,16 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             operations=OPERATIONS if self._own_prefill and not problem.split_tokens else ("decode", "cache_write"),
         )
         if warmed:
-            logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config))
+            logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config, models_layer))
 
-    def _say_memory(self, vllm_config) -> str:
-        ours, counted = self._step_memory(vllm_config)
+    def _say_memory(self, vllm_config, models_layer: bool = False) -> str:
+        ours, counted = self._step_memory(vllm_config, models_layer)
         if not ours:
             return ""
         said = f"; a step takes up to {ours / 2**20:.1f} MiB beside scratch, and vLLM's profile of memory "
         if ours <= counted:
             return said + f"left it {counted / 2**20:.1f}"
-        if compat.counts_our_steps():
+        if compat.counts_our_steps() and not models_layer:
             return said + "counted them"
         return said + (
             f"left it {counted / 2**20:.1f} only: leave the rest free, with a smaller --gpu-memory-utilization, or "

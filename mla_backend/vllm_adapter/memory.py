@@ -43,6 +43,12 @@ def step_bytes(vllm_config, problem: Problem) -> int:
     )
 
 
+def concatenated_bytes(vllm_config, problem: Problem) -> int:
+    """Bytes of the keys of a step or of a chunk of context that a model's own layer concatenates beside that."""
+    rows = max(vllm_config.scheduler_config.max_num_batched_tokens, context_rows(vllm_config))
+    return tensor_bytes((rows, problem.geometry.num_heads, problem.geometry.qk_head_dim), problem.dtype)
+
+
 def profiled_bytes(vllm_config, problem: Problem) -> int:
     """Bytes that vLLM's profile run allocates for a layer's chunk of context."""
     geometry = problem.geometry

@@ -8,6 +8,7 @@ import torch
 from vllm import envs
 from vllm.distributed.parallel_state import get_dcp_group
 from vllm.model_executor.layers.attention.mla_attention import (
+    MLAAttention,
     MLACommonDecodeMetadata,
     MLACommonMetadata,
     MLACommonMetadataBuilder,
@@ -60,9 +61,12 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
                 vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config)
             )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
-        layers = vllm_config.compilation_config.static_forward_context
-        for impl in {layers[name].impl.attention: layers[name].impl for name in layer_names}.values():
-            impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled)
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        for layer in layers:
+            compat.refuse_adapters_of(layer.kv_b_proj)
+        for layer in {layer.impl.attention: layer for layer in layers}.values():
+            models_layer = not isinstance(layer, MLAAttention)  # Kimi-Linear's, since 0.27
+            layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, models_layer=models_layer)
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
