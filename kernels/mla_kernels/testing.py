@@ -219,8 +219,8 @@ class RaggedCase:
 
 
 def make_so_far(case: RaggedCase, *, seed: int = 0):
-    """(out_TNV, lse_TN) over other keys, to accumulate a case in: LSE from a few e-folds beside the case's to hopelessly
-    far away, and rows that have seen nothing, with NaN for values."""
+    """(out_TNV, lse_TN) over other keys, to accumulate a case in: LSE a few e-folds or hopelessly far from the case's,
+    and rows that have seen nothing, with NaN for values."""
     g, (q, *_, v, _, _) = _generator(seed + 1), case.arrays
     lse = case.reference()[1].float().cpu().nan_to_num(neginf=0.0)
     lse += torch.randn(lse.shape, generator=g) * 10.0 ** torch.randint(0, 4, lse.shape, generator=g)

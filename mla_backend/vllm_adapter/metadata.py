@@ -13,8 +13,8 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, tile_queries, tile_tokens
-from mla_backend.vllm_adapter import compat, memory
+from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, plan_prefill, tile_queries, tile_tokens
+from mla_backend.vllm_adapter import memory
 
 
 @dataclass
@@ -24,7 +24,10 @@ class MLADecodeMetadata(MLACommonDecodeMetadata):
 
 @dataclass
 class MLAMetadata(MLACommonMetadata[MLADecodeMetadata]):
+    """prefill_step, latent_step: the two ways through a batch's prefill requests, as `plan_prefill` gives them."""
+
     prefill_step: PrefillStep | None = None
+    latent_step: TiledStep | None = None
 
     def __post_init__(self):
         """The parent refuses head sizes that vLLM's own backends lack; our kernels were already asked."""
@@ -50,8 +53,9 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
         layers = vllm_config.compilation_config.static_forward_context
-        for impl in {layers[name].impl.attention: layers[name].impl for name in layer_names}.values():
-            impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled)
+        for layer in (layers[name] for name in layer_names):
+            layer.impl.get_ready(layer, vllm_config, kv_cache_spec.block_size, self._most_untiled)
+        self._impl = layer.impl  # all of them are alike
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
@@ -98,16 +102,23 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> MLAMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if metadata.prefill is not None:
-            metadata.prefill_step = self._prefill_step(metadata.prefill)
+        if metadata.prefill is not None and self._impl.own_prefill:
+            metadata.prefill_step, metadata.latent_step = self._plan_prefill(metadata, common_attn_metadata)
         return metadata
 
-    def _prefill_step(self, prefill) -> PrefillStep:
-        chunks = compat.context_chunks(prefill)
-        return PrefillStep(
-            query_start_B1=prefill.query_start_loc,
-            max_query_len=prefill.max_query_len,
-            block_table_BM=prefill.block_table,
-            chunks=chunks,
-            gather_buffer_SK=prefill.chunked_context.workspace if chunks else None,
+    def _plan_prefill(self, metadata: MLAMetadata, batch) -> tuple[PrefillStep | None, TiledStep | None]:
+        """Our own plan: vLLM's chunks of context are for all prefill requests."""
+        first = metadata.num_decodes  # requests before that one are decoded
+        query_lens = batch.query_start_loc_cpu[first : metadata.num_reqs + 1].diff().tolist()
+        ends = batch.seq_lens_cpu_upper_bound[first : metadata.num_reqs].tolist()  # exact for prefill
+        pages = -(-max(ends) // self.kv_cache_spec.block_size)
+        return plan_prefill(
+            self._impl.attention.problem.geometry,
+            query_lens,
+            [end - new for end, new in zip(ends, query_lens, strict=True)],
+            query_start_B1=metadata.prefill.query_start_loc,
+            block_table_BM=metadata.prefill.block_table[:, :pages],
+            seq_lens_B=batch.seq_lens[first : metadata.num_reqs],
+            gather_buffer_SK=self.chunked_prefill_workspace,
+            absorbs=self._impl.absorbs,
         )
