@@ -119,10 +119,8 @@ def test_prefill_over_planned_chunks(most_keys):
     batch.assert_right()
 
 
-SHORT, LONG = (
-    (5, 90),
-    (30, 90),
-)  # new and cached tokens of a request that stays in latent space, and of one that does not
+# New and cached tokens of a request that stays in latent space, and of one that is expanded.
+SHORT, LONG = (5, 90), (30, 90)
 
 
 @pytest.mark.parametrize(
