@@ -78,6 +78,29 @@ def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
     ran(run, "decode", "prefill", "cache_write", "cache_gather", kind=kernels)
 
 
+def test_our_prefill_under_vllms_layer(engine, checkpoints, oracle):
+    """vLLM expands, concatenates, cuts context into chunks and merges; prompts of every length beside requests that are
+    decoded, in pieces and behind cached prefixes, in a model length of 262144."""
+    folder = checkpoints()
+    batch = prompts((5, 300, 40, 129))
+    run = engine(
+        folder,
+        [batch[:1] * 3 + batch, batch],
+        prefill_alone=True,
+        max_model_len=262144,
+        hf_overrides={"max_position_embeddings": 262144},
+        kv_cache_memory_bytes=262144 * 2304 * 2 + (16 << 20),
+        max_num_batched_tokens=120,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    for answers, asked in zip(run.rounds, [batch[:1] * 3 + batch, batch], strict=True):
+        assert_same_answers(answers, oracle(folder, asked))
+    assert run.rounds[1][1]["cached"] > 200
+    assert set(run.calls) == {"cache_write:torch_write", "decode:torch_decode", "prefill:torch_prefill"}
+
+
 def test_short_turns_on_a_long_cached_prefix(engine, checkpoints, oracle):
     """A long prompt, then turns of a conversation about it: chat, a tool's result, two at once beside a new prompt.
     Nothing cached is gathered or expanded."""
