@@ -152,8 +152,8 @@ def _prefill_kernel(
     out_ptr += first_query * stride_out_t + head * stride_out_n + row64[:, None] * stride_out_t
     if ACCUMULATE:
         top_M = tl.load(lse_ptr, mask=real, other=-float("inf")) * LOG2_E
-        seen_M = top_M > -float("inf")
-        total_M = tl.where(seen_M, 1.0, 0.0)
+        seen_M = top_M > -float("inf")  # in other rows the first key makes nothing of the weight
+        total_M = tl.full((BLOCK_M,), 1.0, tl.float32)
         acc1_MV = _values_so_far(out_ptr, tl.arange(0, V1), seen_M, real, V)
         if V2 > 0:
             acc2_MV = _values_so_far(out_ptr, V1 + tl.arange(0, V2), seen_M, real, V)
