@@ -70,5 +70,8 @@ def definitions(body: list[ast.stmt]) -> dict[str, ast.AST]:
 
 
 def stored_on_self(node: ast.ClassDef) -> dict[str, ast.AST]:
+    """By assignment, or as vLLM stores a weight: `replace_parameter(self, "name", ...)`."""
     attributes = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-    return {n.attr: n for n in attributes if dotted(n.value) == "self"}
+    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and dotted(n.func) == "replace_parameter"]
+    weights = {n.args[1].value: n for n in calls if dotted(n.args[0]) == "self" and isinstance(n.args[1], ast.Constant)}
+    return weights | {n.attr: n for n in attributes if dotted(n.value) == "self"}

@@ -3,9 +3,9 @@
     python engine_runner.py SPEC.json RESULT.json
 
 SPEC: {"llm": keyword arguments of vllm.LLM, "rounds": [[prompt token ids, ...], ...], "max_tokens": n}, and perhaps
-"invariant_attention": true, or "kimi": true for kimi_stand_in.py. Rounds run one after another on the same engine.
-RESULT: for each round and prompt the new tokens, their log-probabilities and how many prompt tokens came from the
-prefix cache; how often each of our kernels was called; vLLM's counters; what serving_watch.py saw.
+"invariant_attention", "prefill_alone" or "kimi" (kimi_stand_in.py): true. Rounds run one after another on the same
+engine. RESULT: for each round and prompt the new tokens, their log-probabilities and how many prompt tokens came from
+the prefix cache; how often each of our kernels was called; vLLM's counters; what serving_watch.py saw.
 """
 
 import json
@@ -46,7 +46,10 @@ def main(spec_path: str, result_path: str) -> None:
         tell_our_adapter_alone()
     if spec.get("kimi"):
         kimi_stand_in.stand_in()
-    llm = LLM(**{**OPTIONS, **spec["llm"]})
+    options = OPTIONS
+    if spec.get("prefill_alone"):
+        options = OPTIONS | {"attention_backend": None, "attention_config": _let_vllm_do_all_but_prefill()}
+    llm = LLM(**{**options, **spec["llm"]})
     watch.ready()
     sampling = SamplingParams(temperature=0, max_tokens=spec["max_tokens"], ignore_eos=True, logprobs=1)
     rounds = []
@@ -66,6 +69,17 @@ def tell_our_adapter_alone() -> None:
 
     for module in (backend, metadata, prefill):
         module.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=True)
+
+
+def _let_vllm_do_all_but_prefill() -> dict:
+    """`-ac.mla_prefill_backend CUSTOM` under vLLM's own layer, for a CPU, where vLLM has one prefill backend and asks
+    nobody: make that one ours. Decode is ours, too, as vLLM's on a CPU caches no prefix; it leaves prefill to vLLM."""
+    from vllm.platforms import current_platform
+
+    from mla_backend.vllm_adapter.prefill import MLAPrefill
+
+    type(current_platform).get_mla_prefill_backend_cls = classmethod(lambda cls, config: MLAPrefill)
+    return {"backend": "CUSTOM", "mla_prefill_backend": "FLASH_ATTN"}
 
 
 def answered(answer) -> dict:

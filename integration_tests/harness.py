@@ -91,6 +91,7 @@ def run_engine(
     max_tokens=MAX_TOKENS,
     invariant_attention=False,
     kimi=False,
+    prefill_alone=False,
     **llm,
 ):
     """Run vLLM (engine_runner.py) with `folder` as its working directory. Returns an EngineRun, or a FailedRun if
@@ -99,9 +100,10 @@ def run_engine(
     rounds: batches of prompts (token ids), one after another.   llm: keyword arguments of vllm.LLM.
     invariant_attention: tell our adapter alone that the engine is to be batch invariant.
     kimi: let a CPU run Kimi-Linear (kimi_stand_in.py).
+    prefill_alone: leave to vLLM's own layer what it does around a prefill backend, and give it ours.
     """
     spec = {"llm": {"model": str(model), **llm}, "rounds": rounds, "max_tokens": max_tokens}
-    spec |= {"invariant_attention": invariant_attention, "kimi": kimi}
+    spec |= {"invariant_attention": invariant_attention, "kimi": kimi, "prefill_alone": prefill_alone}
     return _run("engine_runner.py", folder, spec, env={**kernels_env(kernels), **(env or {})}, fails=fails)
 
 

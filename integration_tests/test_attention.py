@@ -107,6 +107,13 @@ def packed() -> SimpleNamespace:
     return SimpleNamespace(chunks=chunks, workspace=torch.full((64, GEOMETRY.latent_dim), torch.nan))
 
 
+def chunks_of(context) -> list:
+    """As vLLM names them in its calls."""
+    if hasattr(context, "chunks"):
+        return [(chunk, None) for chunk in context.chunks]
+    return [(None, number) for number in range(len(context.seq_tot))]
+
+
 @scales
 @pytest.mark.parametrize("context", [rectangular(32), rectangular(128), packed()], ids=["0.26", "0.26-one", "0.28"])
 def test_prefill_over_cached_context(context, scale):
@@ -116,7 +123,7 @@ def test_prefill_over_cached_context(context, scale):
         query_start_B1=starts(NEW),
         max_query_len=max(NEW),
         block_table_BM=batch.table,
-        chunks=compat.context_chunks(prefill),
+        chunks=tuple(compat.context_chunk_of_call(prefill, *which) for which in chunks_of(context)),
         gather_buffer_SK=context.workspace,
     )
     out = torch.full((sum(NEW), GEOMETRY.num_heads, GEOMETRY.v_head_dim), torch.nan)

@@ -38,9 +38,12 @@ def sampled(monkeypatch):
 
 
 def test_cases():
-    assert len(CASES) == len(set(map(str, CASES))) == 12
-    assert [str(case) for case in chosen_cases("h20|c16384", CASES)] == [
+    assert len(CASES) == len(set(map(str, CASES))) == 18
+    assert [str(case) for case in chosen_cases("h20|^n1 .*c16384", CASES)] == [
         *("n16 s512 h20 256/256", "n1 s8192 h20 256/256", "n1 s512 c16384 h16 192/128"),
+    ]
+    assert [str(case) for case in chosen_cases("step", CASES)] == [
+        f"step n1 {shape} h{heads} 192/128" for heads in (16, 128) for shape in ("s8192", "s512 c16384", "s64 c65536")
     ]
 
 
@@ -56,7 +59,7 @@ def test_limits(shape, limit):
 
 def test_no_mask_hides_cached_tokens():
     """512 queries and 16384 keys of 16 heads, 320 multiply-adds each."""
-    cached = CASES[-1]
+    (cached,) = chosen_cases("^n1 .*c16384", CASES)
     assert (cached.causal, cached.flop) == (False, 2 * 16 * 512 * 16384 * 320)
     assert cached.bytes == 2 * 16 * (512 + 16384) * 320
 

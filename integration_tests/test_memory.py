@@ -11,7 +11,7 @@ from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
 from mla_backend.memory import most_bytes
 from mla_backend.shards import Shards
-from mla_backend.steps import DecodeStep, PrefillStep, plan_context, tile_queries
+from mla_backend.steps import TILES_AT_ONCE, DecodeStep, PrefillStep, plan_context, tile_queries
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
 
 GEOMETRY = MLAGeometry(num_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
@@ -107,6 +107,20 @@ def test_decode(attention):
     cache = torch.zeros(LAYOUT.shape(1))
     peak = peak_of(attention, lambda: attention.decode(q_latent, q_rope, cache, step))
     said = most_bytes(attention.problem, tokens=0, decode_tokens=tokens, context_rows=0)
+    assert 0.8 * said < peak <= said + 1024
+
+
+def test_extend(attention):
+    """New tokens in latent space: queries and outputs of one part's tiles, and no more however long the context is."""
+    q, *_, out = arguments(2000)
+    table, lens = torch.zeros(1, 400, dtype=torch.int32), torch.tensor([5000], dtype=torch.int32)
+    step = tile_queries([2000], table, lens, tokens_of_tile=4)
+    assert len(step.parts) == 2
+    weights = {"w_k_NPL": torch.zeros(4, 32, 64), "w_v_NLV": torch.zeros(4, 64, 32)}
+    cache = torch.zeros(LAYOUT.shape(1))
+    peak = peak_of(attention, lambda: attention.extend(q, cache, step, **weights, out_TNV=out))
+    tokens = TILES_AT_ONCE * 4
+    said = most_bytes(attention.problem, tokens=0, decode_tokens=0, context_rows=0, latent_tokens=tokens)
     assert 0.8 * said < peak <= said + 1024
 
 

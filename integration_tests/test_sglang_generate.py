@@ -52,7 +52,7 @@ def test_long_new_part_after_a_cached_prefix(sglang, checkpoints, oracle, kernel
     folder, batch = checkpoints(), prompts((600, 270, 33))
     run = sglang(folder, [batch], kernels=kernels, chunked_prefill_size=256, max_tokens=4, page_size=16)
     assert_same_answers(run.rounds[0], oracle(folder, batch, 4))
-    ran(run, "decode", "prefill", "cache_write", "cache_gather", "merge", kind=kernels)
+    ran(run, "decode", "prefill", "cache_write", "cache_gather", kind=kernels)
 
 
 def test_triton_with_a_cached_prefix(sglang, checkpoints, oracle):
@@ -88,7 +88,7 @@ def test_fp8_cache_gathered_for_a_long_new_part(sglang, checkpoints):
     run = sglang(folder, [batch], kv_cache_dtype="fp8_e4m3", chunked_prefill_size=256, max_tokens=4, page_size=16)
     wanted = generate_fp8(folder, batch, 4, pieces=(256, 256), most_in_latent_space=88)
     assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
-    ran(run, "decode", "prefill", "cache_write", "cache_gather", "merge")
+    ran(run, "decode", "prefill", "cache_write", "cache_gather")
 
 
 def test_more_requests_than_the_cache_holds(sglang, checkpoints, oracle):

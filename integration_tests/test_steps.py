@@ -1,16 +1,26 @@
 """Plans that serve any engine: chunks of cached context, the cheaper way through a prefill, trees of draft tokens."""
 
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_backend import steps
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
-from mla_backend.steps import DecodeStep, PrefillStep, expanding_is_cheaper, plan_context
+from mla_backend.steps import (
+    LATENT_COST,
+    DecodeStep,
+    PrefillStep,
+    TiledStep,
+    expanding_is_cheaper,
+    plan_context,
+    plan_prefill,
+)
 from mla_backend.tree import TreeAttention, TreeStep, ancestors_of
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of, reference
 
@@ -55,49 +65,92 @@ def test_chunks_hold_each_cached_position_once(lens, most_keys):
     assert seen == {(r, position) for r, context in enumerate(context_lens) for position in range(context)}
 
 
+class Prefill:
+    """Requests with cached context whose new tokens lie in the cache already, behind it, since latent space reads them
+    there."""
+
+    def __init__(self, query_lens, context_lens, *, most_keys: int):
+        self.attention = MLAAttention(problem(), CPU, MLABackendConfig(), scale=0.3)
+        self.query_lens, self.context_lens, requests = query_lens, context_lens, len(query_lens)
+        pages = max(q + c for q, c in zip(query_lens, context_lens, strict=True)) // 4 + 1
+        self.cache = paged_cache(4, pages=requests * pages)
+        self.starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+        self.table = torch.randperm(requests * pages).view(requests, pages).to(torch.int32)
+        self.seq_lens = torch.tensor([q + c for q, c in zip(query_lens, context_lens, strict=True)], dtype=torch.int32)
+        rows = [self.cache[table.long()].flatten(0, 1) for table in self.table]
+        lens = zip(rows, context_lens, self.seq_lens, strict=True)
+        self.new = torch.cat([row[context:end] for row, context, end in lens])
+        self.up = torch.randn(SMALL.kv_lora_rank, SMALL.num_heads, SMALL.qk_nope_head_dim + SMALL.v_head_dim) / 6
+        self.w_k, self.w_v = self.up.split([SMALL.qk_nope_head_dim, SMALL.v_head_dim], -1)
+        self.q = torch.randn(sum(query_lens), SMALL.num_heads, SMALL.qk_head_dim)
+        self.out = torch.full((*self.q.shape[:2], SMALL.v_head_dim), torch.nan)
+        self.buffer = torch.full((most_keys, SMALL.latent_dim), torch.nan)
+
+    def expand(self, step: PrefillStep) -> None:
+        latent_and_rope = self.new.split([SMALL.kv_lora_rank, SMALL.qk_rope_head_dim], -1)
+        up_project = partial(torch.einsum, "lnx,sl->snx", self.up)
+        self.attention.prefill(self.q, *latent_and_rope, self.cache, step, up_project=up_project, out_TNV=self.out)
+
+    def extend(self, step: TiledStep) -> None:
+        weights = {"w_k_NPL": self.w_k.permute(1, 2, 0), "w_v_NLV": self.w_v.transpose(0, 1)}
+        self.attention.extend(self.q, self.cache, step, **weights, out_TNV=self.out)
+
+    def assert_right(self) -> None:
+        q_nope, q_rope = self.q.double().split([SMALL.qk_nope_head_dim, SMALL.qk_rope_head_dim], -1)
+        arrays = torch.einsum("tnp,lnp->tnl", q_nope, self.w_k.double()), q_rope, self.cache.double()
+        starts = {"query_len": max(self.query_lens), "query_start_B1": self.starts}
+        latent, _ = reference.decode(*arrays, self.table, self.seq_lens, scale=0.3, **starts)
+        expected = torch.einsum("tnl,lnv->tnv", latent, self.w_v.double())
+        torch.testing.assert_close(self.out, expected.to(self.out.dtype), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("most_keys", [7, 64, 1000])
 def test_prefill_over_planned_chunks(most_keys):
     """Expanded, chunk by chunk, gives what latent space gives."""
-    query_lens, context_lens = [3, 9, 1, 5], [0, 37, 12, 21]
-    attention = MLAAttention(problem(), CPU, MLABackendConfig(), scale=0.3)
-    cache, starts = paged_cache(4, pages=48), torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
-    table = torch.randperm(48).view(4, 12).to(torch.int32)
-    seq_lens = torch.tensor([q + c for q, c in zip(query_lens, context_lens, strict=True)], dtype=torch.int32)
-    # What is new lies in the cache already, behind the context, since latent space reads it there.
-    flat = [cache[table[r].long()].flatten(0, 1)[: seq_lens[r]] for r in range(4)]
-    new = torch.cat([rows[c:] for rows, c in zip(flat, context_lens, strict=True)])
-    up = torch.randn(SMALL.kv_lora_rank, SMALL.num_heads, SMALL.qk_nope_head_dim + SMALL.v_head_dim) / 6
-    q = torch.randn(sum(query_lens), SMALL.num_heads, SMALL.qk_head_dim)
-    chunks = plan_context(query_lens, context_lens, most_keys=most_keys, device=torch.device("cpu"))
+    batch = Prefill([3, 9, 1, 5], [0, 37, 12, 21], most_keys=most_keys)
     step = PrefillStep(
-        query_start_B1=starts,
-        max_query_len=max(query_lens),
-        block_table_BM=table,
-        chunks=chunks,
-        gather_buffer_SK=torch.empty(max(chunk.num_keys for chunk in chunks), SMALL.latent_dim),
+        query_start_B1=batch.starts,
+        max_query_len=9,
+        block_table_BM=batch.table,
+        chunks=plan_context(batch.query_lens, batch.context_lens, most_keys=most_keys, device=torch.device("cpu")),
+        gather_buffer_SK=batch.buffer,
     )
-    out = attention.prefill(
-        q,
-        new[:, : SMALL.kv_lora_rank],
-        new[:, SMALL.kv_lora_rank :],
-        cache,
-        step,
-        up_project=lambda latent: torch.einsum("sl,lnx->snx", latent, up),
-        out_TNV=torch.empty(*q.shape[:2], SMALL.v_head_dim),
-    )
-    w_k, w_v = up.split([SMALL.qk_nope_head_dim, SMALL.v_head_dim], -1)
-    q_latent = torch.einsum("tnp,lnp->tnl", q[..., : SMALL.qk_nope_head_dim], w_k)
-    latent, _ = reference.decode(
-        q_latent,
-        q[..., SMALL.qk_nope_head_dim :],
-        cache,
-        table,
-        seq_lens,
-        scale=0.3,
-        query_len=max(query_lens),
-        query_start_B1=starts,
-    )
-    torch.testing.assert_close(out, torch.einsum("tnl,lnv->tnv", latent, w_v).to(out.dtype), atol=1e-4, rtol=1e-4)
+    batch.expand(step)
+    batch.assert_right()
+
+
+# New and cached tokens of a request that stays in latent space, and of one that is expanded.
+SHORT, LONG = (5, 90), (30, 90)
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [[SHORT], [LONG], [SHORT, LONG], [LONG, SHORT], [SHORT, LONG, SHORT, (3, 0), SHORT, SHORT], [(17, 400), LONG] * 3],
+)
+@pytest.mark.parametrize("absorbs", [True, False])
+def test_each_request_goes_its_own_way(requests, absorbs, monkeypatch):
+    """Few tiles at a time, so that requests in latent space come in several parts."""
+    monkeypatch.setattr(steps, "TILES_AT_ONCE", 3)
+    monkeypatch.setattr(steps, "TILE_ROWS", 6)
+    query_lens, context_lens = zip(*requests, strict=True)
+    batch = Prefill(query_lens, context_lens, most_keys=64)
+    expanded, latent = plan_prefill(
+        SMALL, query_lens, context_lens, query_start_B1=batch.starts, block_table_BM=batch.table,
+        seq_lens_B=batch.seq_lens, gather_buffer_SK=batch.buffer, absorbs=absorbs,
+    )  # fmt: skip
+    gathered = sum(chunk.num_keys for chunk in expanded.chunks) if expanded else 0
+    longer = sum(old for new, old in requests if new >= 30 or not absorbs)
+    assert gathered == longer, "context of requests in latent space is not gathered"
+    in_latent = {token for mine, _ in latent.parts for token in range(mine.start, mine.stop)} if latent else set()
+    first = [0, *accumulate(query_lens)]
+    ranges = [range(first[i], first[i + 1]) for i, (new, old) in enumerate(requests) if old and new < 30 and absorbs]
+    assert in_latent == {token for tokens in ranges for token in tokens}
+    if expanded:
+        batch.expand(expanded)
+    if latent:
+        assert all(len(part.seq_lens_B) <= 3 for _, part in latent.parts)
+        batch.extend(latent)
+    batch.assert_right()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +158,7 @@ def test_prefill_over_planned_chunks(most_keys):
     [
         ([100], [0], True),
         ([1], [5000], False),
-        ([160], [100000], False),
+        ([150], [100000], False),
         ([180], [100000], True),
         ([1, 4000], [100, 4000], True),
         ([1, 1, 20], [5000, 5000, 5000], False),
@@ -115,14 +168,18 @@ def test_short_answers_to_a_long_context_stay_in_latent_space(query_lens, contex
     assert expanding_is_cheaper(DEEPSEEK, query_lens, context_lens) is expands
 
 
-def test_cost_is_counted_as_the_two_ways_multiply():
+@pytest.mark.parametrize("context", [1, 90, 70000])
+def test_cost_is_counted_as_the_two_ways_multiply(context):
     """Multiplications of both ways, written out one by one."""
-    query, context, g = 7, 90, DEEPSEEK
-    pairs = sum(context + t + 1 for t in range(query))
+    g, ways = DEEPSEEK, set()
     expand = g.kv_lora_rank * (g.qk_nope_head_dim + g.v_head_dim)
-    latent = pairs * (g.latent_dim + g.kv_lora_rank) + query * expand
-    expanded = pairs * (g.qk_head_dim + g.v_head_dim) + (query + context) * expand
-    assert expanding_is_cheaper(g, [query], [context]) is (expanded <= latent)
+    for query in range(1, 200):
+        pairs = sum(context + t + 1 for t in range(query))
+        latent = LATENT_COST * pairs * (g.latent_dim + g.kv_lora_rank) + query * expand
+        expanded = pairs * (g.qk_head_dim + g.v_head_dim) + (query + context) * expand
+        assert expanding_is_cheaper(g, [query], [context]) is (expanded <= latent)
+        ways.add(expanded <= latent)
+    assert ways == {True, False}
 
 
 def tree_masks(trees, size, seed=0):

@@ -31,24 +31,25 @@ def test_uneven_batch(engine, checkpoints, oracle, kernels, name, lengths):
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_chunked_prefill_and_prefix_cache(engine, checkpoints, kernels):
-    """A prompt is prefilled in pieces, each over the cache of those before; again, all but the last are there."""
-    folder, batch = checkpoints(), prompts((200,))
+    """A prompt is prefilled in pieces, each over the cache of those before; again, all but the last are there. The last
+    is short enough for latent space."""
+    folder, batch = checkpoints(), prompts((248,))
     run = engine(
         folder,
         [batch, batch],
         kernels=kernels,
         kv_cache_dtype="fp8",
         max_tokens=4,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=120,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=16,
     )
-    wanted = generate_fp8(folder, batch, 4, pieces=(64, 64, 64))
+    wanted = generate_fp8(folder, batch, 4, pieces=(120, 120), most_in_latent_space=8)
     for answers in run.rounds:
         assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
-    assert run.rounds[1][0]["cached"] == 192
-    assert {"cache_gather", "merge"} <= {call.split(":")[0] for call in run.calls}
+    assert run.rounds[1][0]["cached"] == 240
+    assert "cache_gather" in {call.split(":")[0] for call in run.calls}
 
 
 def test_scale_of_a_layer():

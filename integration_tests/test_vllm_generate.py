@@ -58,14 +58,15 @@ def test_start_up_line_says_what_runs_and_why(engine, checkpoints):
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
-    """A prompt prefilled in pieces reads its own cached context; the same prompt again reads cached pages."""
+    """A prompt prefilled in pieces reads its own cached context; the same prompt again reads cached pages. Pieces of
+    120 tokens behind as many are expanded, behind more they and shorter ones attend in latent space."""
     folder = checkpoints()
-    batch = prompts((200, 33, 2) if kernels == "triton" else (300, 129, 33, 2))
+    batch = prompts((240, 33, 2) if kernels == "triton" else (400, 129, 33, 2))
     run = engine(
         folder,
         [batch, batch],
         kernels=kernels,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=120,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=16,
@@ -74,19 +75,60 @@ def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
     assert_same_answers(run.rounds[0], expected)
     assert_same_answers(run.rounds[1], expected)
     assert run.rounds[1][0]["cached"] >= 64, "the second round was to hit the prefix cache"
-    ran(run, "decode", "prefill", "cache_write", "cache_gather", "merge", kind=kernels)
+    ran(run, "decode", "prefill", "cache_write", "cache_gather", kind=kernels)
+
+
+def test_our_prefill_under_vllms_layer(engine, checkpoints, oracle):
+    """vLLM expands, concatenates, cuts context into chunks and merges; prompts of every length beside requests that are
+    decoded, in pieces and behind cached prefixes, in a model length of 262144."""
+    folder = checkpoints()
+    batch = prompts((5, 300, 40, 129))
+    run = engine(
+        folder,
+        [batch[:1] * 3 + batch, batch],
+        prefill_alone=True,
+        max_model_len=262144,
+        hf_overrides={"max_position_embeddings": 262144},
+        kv_cache_memory_bytes=262144 * 2304 * 2 + (16 << 20),
+        max_num_batched_tokens=120,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    for answers, asked in zip(run.rounds, [batch[:1] * 3 + batch, batch], strict=True):
+        assert_same_answers(answers, oracle(folder, asked))
+    assert run.rounds[1][1]["cached"] > 200
+    assert set(run.calls) == {"cache_write:torch_write", "decode:torch_decode", "prefill:torch_prefill"}
+
+
+def test_short_turns_on_a_long_cached_prefix(engine, checkpoints, oracle):
+    """A long prompt, then turns of a conversation about it: chat, a tool's result, two at once beside a new prompt.
+    Nothing cached is gathered or expanded."""
+    folder = checkpoints()
+    (document,), (hello, tool, again, new) = prompts((850,)), prompts((20, 100, 3, 40), seed=1)
+    turns = [document + hello, document + hello + tool]
+    rounds = [[document], turns[:1], [turns[1] + again], [document + again, new, turns[1] + hello]]
+    run = engine(folder, rounds, enable_prefix_caching=True, block_size=16, max_num_batched_tokens=1024)
+    for answers, asked in zip(run.rounds, rounds, strict=True):
+        assert_same_answers(answers, oracle(folder, asked))
+    assert [answers[0]["cached"] for answers in run.rounds] == [0, 848, 864, 848]
+    assert run.rounds[3][2]["cached"] >= 960
+    ran(run, "decode", "cache_write")
+    layers, expanded = 2, 2  # the long prompt, and the new one with what comes beside it
+    assert run.calls["prefill:torch_prefill"] == layers * expanded
+    assert not any(name.startswith("cache_gather") for name in run.calls), run.calls
 
 
 def test_context_of_several_chunks(engine, checkpoints, oracle):
     """More cached context in one step than half of vLLM's workspace (eight requests of full length) holds at once."""
     folder = checkpoints()
     context = prompts((129,) * 10)
-    longer = [p + q for p, q in zip(context, prompts((7,) * 10, seed=1), strict=True)]
+    longer = [p + q for p, q in zip(context, prompts((120,) * 10, seed=1), strict=True)]
     run = engine(
         folder,
         [context, longer],
         max_tokens=2,
-        max_model_len=144,
+        max_model_len=256,
         max_num_seqs=10,
         max_num_batched_tokens=2048,
         block_size=16,
@@ -94,7 +136,7 @@ def test_context_of_several_chunks(engine, checkpoints, oracle):
     )
     assert_same_answers(run.rounds[1], oracle(folder, longer, 2))
     assert all(answer["cached"] == 128 for answer in run.rounds[1])
-    layers, chunks = 2, 3
+    layers, chunks = 2, 2
     assert run.calls["cache_gather:torch_gather"] == layers * chunks
 
 

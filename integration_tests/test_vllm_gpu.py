@@ -38,9 +38,8 @@ def test_float32_with_cuda_graphs(engine, checkpoints, oracle, shape):
     for answers in run.rounds:
         assert_same_answers(answers, oracle(folder, prompts()), tolerance=TF32_LOGPROBS)
     assert run.rounds[1][-1]["cached"] > 0
-    assert {name.split(":")[1] for name in run.calls} == {
-        "triton_splitkv", "triton_ragged", "triton_write", "triton_gather", "triton_merge"
-    }  # fmt: skip
+    # The second round's few tokens behind cached prefixes attend in latent space: nothing is gathered.
+    assert {name.split(":")[1] for name in run.calls} == {"triton_splitkv", "triton_ragged", "triton_write"}
 
 
 @pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])
@@ -120,7 +119,7 @@ def test_nothing_is_compiled_and_little_allocated_while_serving(engine, checkpoi
     )
     assert run.watch["early"] > 0
     assert run.watch["late"] == []
-    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather", "merge"}
+    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather"}
     said = float(re.search(r"a step takes up to ([\d.]+) MiB", run.log)[1]) * 2**20
     assert run.watch["peak"] <= said + OF_THE_MODEL
     assert run.watch["kept"] <= 4 << 20

@@ -27,6 +27,7 @@ def server(tokens=8192, requests=256, context=131072, page=64, ranks=1, interlea
         cache_config=SimpleNamespace(block_size=page),
         model_config=SimpleNamespace(max_model_len=context),
         parallel_config=SimpleNamespace(decode_context_parallel_size=ranks, cp_kv_cache_interleave_size=interleave),
+        speculative_config=None,
     )
 
 
@@ -80,7 +81,7 @@ def implementation(heads: int, vllm_config, *, own_prefill=True) -> MLAImpl:
     in steps of vLLM without requests."""
     made = object.__new__(MLAImpl)
     made._vllm_config = vllm_config
-    made.attention, made._own_prefill = SimpleNamespace(problem=problem(heads)), own_prefill
+    made.attention, made.own_prefill = SimpleNamespace(problem=problem(heads)), own_prefill
     made._scratch_shapes, made._device = (), torch.device("cpu")
     return made
 

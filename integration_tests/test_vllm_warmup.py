@@ -34,7 +34,7 @@ def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options)
     )
     assert run.watch["early"] > 0
     assert run.watch["late"] == []
-    others = {"prefill", "cache_gather", "merge"} if "invariant_attention" not in options else set()
+    others = {"prefill", "cache_gather"} if "invariant_attention" not in options else set()
     assert {name.split(":")[0] for name in run.calls} == {"decode", "cache_write", *others}
     assert "calls took every form of the kernels" in run.log
 

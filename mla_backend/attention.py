@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import torch
 
-from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.config import MLABackendConfig
 from mla_backend.steps import TILES_AT_ONCE, ContextChunk, DecodeStep, PrefillStep, TiledStep
 from mla_kernels import Device, Problem, Selection, select, tensor_bytes
+
+LAYER_OPERATIONS = ("decode", "prefill", "cache_write", "cache_gather")
 
 # Kernel launches of this process by (operation, kernel name). A replayed CUDA graph launches without passing here.
 CALLS: Counter[tuple[str, str]] = Counter()
@@ -22,7 +24,7 @@ class MLAAttention:
 
     problem: what is static. scale: factor of the scores, with whatever the model multiplies into 1/sqrt(P + R).
     decode_problem: the same of decode where that differs: with context parallelism it gets other ranks' heads, too.
-    operations: those that will be called.
+    operations: those that will be called; all that a layer needs without.
     Raises UnsupportedMLA or ValueError (see mla_kernels.select) when an operation has no kernel.
     """
 
@@ -34,7 +36,7 @@ class MLAAttention:
         *,
         scale: float,
         decode_problem: Problem | None = None,
-        operations: tuple[str, ...] = OPERATIONS,
+        operations: tuple[str, ...] = LAYER_OPERATIONS,
     ):
         self.problem, self.device, self.scale = problem, device, scale
         self.decode_problem = decode_problem or problem
@@ -77,11 +79,11 @@ class MLAAttention:
         return sum(tensor_bytes(shape, dtype) for shape, dtype in self.decode_workspace(max_requests))
 
     def decode_workspace(self, max_requests: int):
-        """(shape, dtype) of each scratch tensor that `decode` takes for up to `max_requests` requests, and with fixed
-        splits for tiles of any number of them."""
+        """(shape, dtype) of each scratch tensor that `decode` and `extend` take for up to `max_requests` requests, and
+        for tiles of any number of them."""
         if max_requests not in self._workspaces:  # asked for in every layer and step
             make = self.chosen["decode"].kernel.load().workspace
-            most = max(max_requests, TILES_AT_ONCE) if self.problem.split_tokens else max_requests
+            most = max(max_requests, TILES_AT_ONCE)
             self._workspaces[max_requests] = make(self.decode_problem, self.device, max_requests=most)
         return self._workspaces[max_requests]
 
@@ -106,6 +108,39 @@ class MLAAttention:
             into = {"out_TNL": out_TNL[mine], "lse_TN": lse_TN[mine]}
             self._decode(q_latent_TNL[mine], q_rope_TNR[mine], cache_AGK, part, workspace, cache_scale, **into)
         return out_TNL, lse_TN
+
+    def extend(
+        self,
+        q_TNQ: torch.Tensor,
+        cache_AGK: torch.Tensor,
+        step: TiledStep,
+        *,
+        w_k_NPL: torch.Tensor,
+        w_v_NLV: torch.Tensor,
+        out_TNV: torch.Tensor,
+        workspace=None,
+        cache_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """New tokens, which are cached already, attend in latent space, straight over the paged cache: the answer of
+        `prefill` without gathering or expanding what is cached.
+
+        w_k_NPL, w_v_NLV: what turns a latent into a head's key without rotary part, and into its value.
+        Writes the rows of `out_TNV` that the tiles of `step` have, and no other; absorbed queries exist for the tiles
+        of one part at a time.
+        """
+        for mine, part in step.parts:
+            self._extend_part(q_TNQ[mine], cache_AGK, part, w_k_NPL, w_v_NLV, out_TNV[mine], workspace, cache_scale)
+        return out_TNV
+
+    def _extend_part(self, q_TNQ, cache_AGK, step, w_k_NPL, w_v_NLV, out_TNV, workspace, cache_scale) -> None:
+        geometry = self.problem.geometry
+        q_nope_TNP, q_rope_TNR = q_TNQ.split([geometry.qk_nope_head_dim, geometry.qk_rope_head_dim], -1)
+        q_latent_TNL = q_TNQ.new_empty(*q_TNQ.shape[:2], geometry.kv_lora_rank)
+        torch.bmm(q_nope_TNP.transpose(0, 1), w_k_NPL, out=q_latent_TNL.transpose(0, 1))
+        into = {"out_TNL": torch.empty_like(q_latent_TNL)}  # tiles have all rows: nothing need be filled before
+        into["lse_TN"] = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
+        out_TNL, _ = self._decode(q_latent_TNL, q_rope_TNR, cache_AGK, step, workspace, cache_scale, **into)
+        torch.bmm(out_TNL.transpose(0, 1), w_v_NLV, out=out_TNV.transpose(0, 1))
 
     def _decode(self, q_latent_TNL, q_rope_TNR, cache_AGK, step: DecodeStep, workspace, cache_scale, **outputs):
         split = self.problem.split_tokens
@@ -137,7 +172,7 @@ class MLAAttention:
         self._call("merge", out_TNV, lse_TN, part_TNV, part_lse_TN)
 
     def attend(self, q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, **options):
-        """Attention over expanded heads; options as in mla_kernels.reference.prefill, and `out_TNV`, `lse_TN`."""
+        """Attention over expanded heads; options as in mla_kernels.reference.prefill, and outputs."""
         return self._call(
             "prefill", q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, scale=self.scale, **options
         )
@@ -193,16 +228,17 @@ class MLAAttention:
         latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
             rows_SK = self._context_rows(cache_AGK, step, chunk, cache_scale)
-            part = self.attend(
+            self.attend(
                 q_TNQ[chunk.tokens],
                 *self.expanded(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
                 chunk.query_start_B1,
                 chunk.key_start_B1,
                 max_query_len=chunk.max_query_len,
                 causal=False,
+                accumulate=True,
+                out_TNV=out_TNV[chunk.tokens],
+                lse_TN=lse_TN[chunk.tokens],
             )
-            self.merge(out_TNV[chunk.tokens], lse_TN[chunk.tokens], *part)
-            del part  # before the next chunk needs as much
         return out_TNV
 
     def _context_rows(self, cache_AGK, step: PrefillStep, chunk: ContextChunk, cache_scale) -> torch.Tensor:

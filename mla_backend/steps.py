@@ -6,6 +6,7 @@ An engine's metadata builder makes them once a step; all layers share them. Shap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -110,46 +111,141 @@ def tile_tokens(num_heads: int) -> int:
 
 
 def tile_queries(
-    query_lens: Sequence[int], block_table_BM: torch.Tensor, seq_lens_B: torch.Tensor, *, tokens_of_tile: int
+    query_lens: Sequence[int],
+    block_table_BM: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    *,
+    tokens_of_tile: int,
+    requests: Sequence[int] | None = None,
 ) -> TiledStep:
     """Cut the query tokens of a batch into tiles, which see no more keys than they must.
 
     query_lens: of each request, known to the host.  block_table_BM, seq_lens_B: int32, on the device.
+    requests: those that are to be cut, in ascending order; all without.
     """
+    first_token = [0, *accumulate(query_lens)]
     tiles = [
-        (request, min(tokens_of_tile, tokens - first), max(tokens - first - tokens_of_tile, 0))
-        for request, tokens in enumerate(query_lens)
+        _Tile(request, first_token[request] + first, min(tokens_of_tile, tokens - first), tokens - first)
+        for request in (range(len(query_lens)) if requests is None else requests)
+        for tokens in (query_lens[request],)
         for first in range(0, tokens, tokens_of_tile)
     ]
-    parts, first_token = [], 0
-    for begin in range(0, len(tiles), TILES_AT_ONCE):
-        requests, counts, behind = zip(*tiles[begin : begin + TILES_AT_ONCE], strict=True)
-        starts = [0, *accumulate(counts)]
-        request_B, behind_B, query_start_B1 = _on_device(requests, behind, starts, device=seq_lens_B.device)
-        step = DecodeStep(
-            block_table_BM=block_table_BM.index_select(0, request_B),
-            seq_lens_B=seq_lens_B.index_select(0, request_B) - behind_B,
-            query_len=tokens_of_tile,
-            query_start_B1=query_start_B1,
-        )
-        end = first_token + sum(counts)
-        parts.append((slice(first_token, end), step))
-        first_token = end
-    return TiledStep(parts=tuple(parts), num_queries=first_token)
+    parts = tuple(_part(run, block_table_BM, seq_lens_B, tokens_of_tile) for run in _runs(tiles))
+    return TiledStep(parts=parts, num_queries=first_token[-1])
+
+
+class _Tile(NamedTuple):
+    """first, count: query tokens of the batch.  left: those of its request from the first on."""
+
+    request: int
+    first: int
+    count: int
+    left: int
+
+
+def _runs(tiles: list[_Tile]) -> Iterator[list[_Tile]]:
+    """Tiles whose tokens follow one another, as many as may be attended to at once."""
+    run: list[_Tile] = []
+    for tile in tiles:
+        if run and (len(run) == TILES_AT_ONCE or tile.first != run[-1].first + run[-1].count):
+            yield run
+            run = []
+        run.append(tile)
+    if run:
+        yield run
+
+
+def _part(tiles: list[_Tile], block_table_BM, seq_lens_B, tokens_of_tile: int) -> tuple[slice, DecodeStep]:
+    counts = [tile.count for tile in tiles]
+    requests, behind = [tile.request for tile in tiles], [tile.left - tile.count for tile in tiles]
+    starts = [0, *accumulate(counts)]
+    request_B, behind_B, query_start_B1 = _on_device(requests, behind, starts, device=seq_lens_B.device)
+    step = DecodeStep(
+        block_table_BM=block_table_BM.index_select(0, request_B),
+        seq_lens_B=seq_lens_B.index_select(0, request_B) - behind_B,
+        query_len=tokens_of_tile,
+        query_start_B1=query_start_B1,
+    )
+    return slice(tiles[0].first, tiles[-1].first + tiles[-1].count), step
+
+
+# How much longer a multiplication takes in latent space than over expanded heads: on an H200 574 TFLOP/s (32 x 32768
+# tokens, 128 heads) against 610 (4 x 4096), README. What expanding moves through memory beside is not measured yet.
+LATENT_COST = 1.06
 
 
 def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], context_lens: Sequence[int]) -> bool:
-    """Whether a batch of prefill requests takes fewer multiplications over expanded heads than in latent space.
+    """Whether a batch of prefill requests takes less time over expanded heads than in latent space.
 
-    In latent space each (query, key) costs K for its score and L for its value; expanded Q and V, and each key's
-    up-projection L x (P + V) on top. In latent space each query pays that once, absorbed into it and out of its output.
-    A short answer to a long cached context stays in latent space: with DeepSeek's numbers, up to about 170 tokens.
+    In latent space each (query, key) costs K multiplications for its score and L for its value; expanded Q and V, and
+    each key's up-projection L x (P + V) on top. In latent space each query pays that once, absorbed into it and out of
+    its output. A short answer to a long cached context stays in latent space: with DeepSeek's numbers, up to about 157
+    tokens.
     """
     latent = geometry.kv_lora_rank
     up_projection = latent * (geometry.qk_nope_head_dim + geometry.v_head_dim)
-    saved_per_pair = geometry.latent_dim + latent - geometry.qk_head_dim - geometry.v_head_dim
+    saved_per_pair = LATENT_COST * (geometry.latent_dim + latent) - geometry.qk_head_dim - geometry.v_head_dim
     pairs = sum(new * context + new * (new + 1) // 2 for new, context in zip(query_lens, context_lens, strict=True))
     return pairs * saved_per_pair >= sum(context_lens) * up_projection
+
+
+class Sharing(NamedTuple):
+    """shards: who has which rows.  most_keys: rows of a chunk of context, of all ranks.  all_gather: every rank's rows,
+    one rank's behind another's."""
+
+    shards: Shards
+    most_keys: int
+    all_gather: Callable[[torch.Tensor], torch.Tensor]
+
+
+def plan_prefill(
+    geometry: MLAGeometry,
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    *,
+    query_start_B1: torch.Tensor,
+    block_table_BM: torch.Tensor,
+    seq_lens_B: torch.Tensor,
+    gather_buffer_SK: torch.Tensor,
+    absorbs: bool = True,
+    sharing: Sharing | None = None,
+) -> tuple[PrefillStep | None, TiledStep | None]:
+    """Let each prefill request attend where that is cheaper: over expanded heads, in latent space, or None for either.
+
+    query_lens, context_lens: new and cached tokens of each request, known to the host.
+    query_start_B1, block_table_BM, seq_lens_B: int32, on the device; lengths count new tokens, which are cached too.
+    gather_buffer_SK: room for a chunk of context.  absorbs: whether there are weights to go into latent space with.
+    sharing: with the ranks that share the cache. Then all requests attend over expanded heads: in latent space a rank
+        would see its own rows alone.
+
+    Where there are both, the first is for all requests: it attends as if those of the second had no context, and what
+    that gives them the second replaces. So neither has to pick its queries from among the others'.
+    """
+    lens = list(zip(query_lens, context_lens, strict=True))
+    absorbs = absorbs and sharing is None
+    in_latent = [i for i, (new, old) in enumerate(lens) if absorbs and not expanding_is_cheaper(geometry, [new], [old])]
+    latent = expanded = None
+    if in_latent:
+        tokens = tile_tokens(geometry.num_heads)
+        latent = tile_queries(query_lens, block_table_BM, seq_lens_B, tokens_of_tile=tokens, requests=in_latent)
+    if len(in_latent) < len(lens):
+        elsewhere = set(in_latent)
+        contexts = [0 if i in elsewhere else old for i, old in enumerate(context_lens)]
+        expanded = PrefillStep(
+            query_start_B1=query_start_B1,
+            max_query_len=max(query_lens),
+            block_table_BM=block_table_BM,
+            chunks=plan_context(
+                query_lens,
+                contexts,
+                most_keys=sharing.most_keys if sharing else len(gather_buffer_SK),
+                device=gather_buffer_SK.device,
+                shards=sharing.shards if sharing else None,
+            ),
+            gather_buffer_SK=gather_buffer_SK,
+            all_gather=sharing.all_gather if sharing else None,
+        )
+    return expanded, latent
 
 
 def plan_context(

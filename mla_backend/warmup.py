@@ -25,7 +25,8 @@ class Traffic:
     uniform: query tokens that all requests of a decode call can have.  ragged: the most that one of them can have
         where they have uneven numbers.  tiled: query tokens of the tiles that longer ones are cut into, if they are.
     page_size: tokens of a page of the cache.  slots: dtype of the slots that are written to.
-    merged: width of outputs that are merged; None is that of values.
+    accumulates: whether attention to cached context is accumulated in that to new tokens.
+    merged: width of outputs that are merged, if they are.
     joined: whether latent and rotary parts of absorbed queries are slices of one tensor.
     """
 
@@ -35,6 +36,7 @@ class Traffic:
     ragged: Sequence[int] = ()
     tiled: Sequence[int] = ()
     slots: torch.dtype = torch.int64
+    accumulates: bool = True
     merged: int | None = None
     joined: bool = False
 
@@ -73,7 +75,7 @@ def calls(attention: MLAAttention, traffic: Traffic, where: torch.device, scratc
     scales = (scale, None) if scaled else (None,)  # an engine may leave a scale of 1 out where it writes
     listed = [("cache_write", partial(tensors.write, one)) for one in scales]
     listed += [("cache_gather", partial(tensors.gather, scale)), ("merge", tensors.merge)]
-    listed += [("prefill", partial(tensors.prefill, causal)) for causal in (True, False)]
+    listed += [("prefill", partial(tensors.prefill, new)) for new in (True, False)]
     listed = [(operation, call) for operation, call in listed if operation in attention.chosen]
     if "decode" in attention.chosen:
         most = traffic.max_requests
@@ -116,17 +118,20 @@ class _Tensors:
             self._cache_AGK, self._ints(1, 1), self._ints(1), self._ints(2), rows, max_key_len=1, cache_scale=scale
         )
 
-    def prefill(self, causal: bool) -> None:
+    def prefill(self, new: bool) -> None:
+        """New tokens see each other; then a chunk of context is accumulated in their answer."""
         geometry = self._geometry
         q_1NQ = self._new(1, geometry.num_heads, geometry.qk_head_dim)
         kv_1NX = self._new(1, geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim)
         starts = self._ints(2)
         keys = self._attention.expanded(kv_1NX, self._row()[1])
-        self._attention.attend(q_1NQ, *keys, starts, starts, max_query_len=1, causal=causal)
+        into = {"out_TNV": self._new(*q_1NQ.shape[:2], geometry.v_head_dim)}
+        into["lse_TN"] = self._new(*q_1NQ.shape[:2], dtype=torch.float32)
+        options = {"max_query_len": 1, "causal": new, "accumulate": not new and self._traffic.accumulates, **into}
+        self._attention.attend(q_1NQ, *keys, starts, starts, **options)
 
     def merge(self) -> None:
-        width = self._traffic.merged or self._geometry.v_head_dim
-        out_1NV = self._new(1, self._geometry.num_heads, width)
+        out_1NV = self._new(1, self._geometry.num_heads, self._traffic.merged)
         lse_1N = self._new(1, self._geometry.num_heads, dtype=torch.float32)
         self._attention.merge(out_1NV, lse_1N, out_1NV.clone(), lse_1N.clone())
 

@@ -260,21 +260,46 @@ def _zero_tail(buffer, valid, V: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _store(acc, total, top, out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr):
-    """Divide by the sums of weights, write outputs (in a layout that fills sectors of 32 bytes) and LSE."""
-    out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n = out
-    row_lay: gl.constexpr = top.type.layout
-    total = gl.convert_layout(gl.sum(total, 1), row_lay)
-    safe = gl.where(total > 0, total, 1.0)
+def _lse_places(out, token, rows, head, row_lay: gl.constexpr):
+    """(pointers, mask) of the LSE of 64 rows of a head."""
+    lse_ptr, stride_t, stride_n = out[3], out[4], out[5]
     i = gl.arange(0, ROWS, row_lay)
-    at = (token + i).to(gl.int64) * stride_lse_t + head * stride_lse_n
-    gl.store(lse_ptr + at, gl.where(total > 0, (top + gl.log2(safe)) * LN_2, float("-inf")), mask=i < rows)
+    return lse_ptr + ((token + i).to(gl.int64) * stride_t + head * stride_n), i < rows
+
+
+@gluon.jit
+def _out_places(out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr):
+    """(pointers, mask) of the outputs of 64 rows of a head, in a layout that fills sectors of 32 bytes."""
+    out_ptr, stride_t, stride_n = out[0], out[1], out[2]
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
+    at = (token + i).to(gl.int64) * stride_t + head.to(gl.int64) * stride_n
+    return out_ptr + at[:, None] + gl.arange(0, V, gl.SliceLayout(0, WIDE))[None, :], (i < rows)[:, None]
+
+
+@gluon.jit
+def _so_far(out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr, row_lay: gl.constexpr, o_lay: gl.constexpr):
+    """The answer that is accumulated in, as the softmax's state: values, largest scores, and weights: 1, or 0 in rows
+    that have seen no key, whose values do not count."""
+    pointer, mask = _lse_places(out, token, rows, head, row_lay)
+    lse = gl.load(pointer, mask=mask, other=float("-inf"))
+    seen = lse > float("-inf")
+    pointer, mask = _out_places(out, token, rows, head, V, WIDE)
+    values = gl.convert_layout(gl.load(pointer, mask=mask, other=0.0), o_lay).to(gl.float32)
+    values = gl.where(gl.convert_layout(seen, gl.SliceLayout(1, o_lay))[:, None], values, 0.0)
+    return values, gl.where(seen, lse / LN_2, NOTHING), gl.where(seen, 1.0, 0.0)
+
+
+@gluon.jit
+def _store(acc, total, top, out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr):
+    """Divide by the sums of weights, write outputs and LSE."""
+    total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    safe = gl.where(total > 0, total, 1.0)
+    pointer, mask = _lse_places(out, token, rows, head, top.type.layout)
+    gl.store(pointer, gl.where(total > 0, (top + gl.log2(safe)) * LN_2, float("-inf")), mask=mask)
 
     acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, acc.type.layout))[:, None]
-    i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
-    at = (token + i).to(gl.int64) * stride_out_t + head.to(gl.int64) * stride_out_n
-    pointer = out_ptr + at[:, None] + gl.arange(0, V, gl.SliceLayout(0, WIDE))[None, :]
-    gl.store(pointer, gl.convert_layout(acc.to(out_ptr.dtype.element_ty), WIDE), mask=(i < rows)[:, None])
+    pointer, mask = _out_places(out, token, rows, head, V, WIDE)
+    gl.store(pointer, gl.convert_layout(acc.to(out[0].dtype.element_ty), WIDE), mask=mask)
 
 
 @gluon.jit
@@ -294,13 +319,15 @@ def _next(smem, count):
 @gluon.jit
 def attend(
     out, scale_log2, smem,
-    W: gl.constexpr, C: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr, WIDE: gl.constexpr,
+    W: gl.constexpr, C: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    ACCUMULATE: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: attention of its 64 rows of every tile, as FlashAttention-3 does it (arXiv 2407.08608).
 
     Scores of a block are multiplied together with weights times values of the block before, and the two warpgroups take
     turns: while one has its softmax, the other has the tensor cores. The first scores of a tile are multiplied while
-    outputs of the tile before are written.
+    outputs of the tile before are written. With ACCUMULATE the softmax of a tile begins with the answer so far, which
+    takes no registers beyond those of its loop.
     """
     dtype: gl.constexpr = smem.v.dtype
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -321,16 +348,23 @@ def attend(
             sees = gl.minimum(all_see + i, keys)
             all_see = gl.minimum(all_see + W * ROWS, keys)
         begin = (blocks - 1) * BLOCK
+        acc = gl.zeros([ROWS, V], gl.float32, o_lay)
+        top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
+        seen = top
+        if ACCUMULATE:
+            acc, top, seen = _so_far(out, token + W * ROWS, rows - W * ROWS, head, V, WIDE, row_lay, o_lay)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(smem.k_empty.index(block & 1), count=1)
         if blocks == 1:
             mbarrier.arrive(smem.q_empty.index(W), count=1)
         if begin + BLOCK > all_see:
             s = _hide(s, begin, sees)
-        top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
         weight, top, rescale, total = _weights(s, top, scale_log2)
         p = gl.convert_layout(weight.to(dtype), p_lay)
-        acc = gl.zeros([ROWS, V], gl.float32, o_lay)
+        if ACCUMULATE:
+            # Four sums make a row's total: each gets a quarter.
+            total += gl.convert_layout(seen * rescale * 0.25, gl.SliceLayout(1, total.type.layout))[:, None]
+            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]
         if begin + BLOCK > keys:
             stage, phase, _ = ring(block)
             mbarrier.wait(smem.v_full.index(stage), phase)

@@ -57,9 +57,12 @@ def decode_outputs(q_latent_TNL, requests: int, query_len: int, *, ragged: bool,
     return out_TNL, lse_TN
 
 
-def prefill_outputs(q_TNQ, v_width: int, out_TNV=None, lse_TN=None):
-    """The out_TNV and lse_TN of a prefill: those given, or new ones, of 0 and -inf in rows that no request owns."""
+def prefill_outputs(q_TNQ, v_width: int, out_TNV=None, lse_TN=None, *, accumulate: bool):
+    """The out_TNV and lse_TN of a prefill: those given, or new ones, of 0 and -inf in rows that no request owns.
+    ValueError if there is nothing to accumulate in."""
     shape = q_TNQ.shape[:2]
+    if accumulate and (out_TNV is None or lse_TN is None):
+        raise ValueError("accumulate needs out_TNV and lse_TN with what was seen so far; pass both, or leave it out")
     if out_TNV is None:
         out_TNV = q_TNQ.new_zeros(*shape, v_width)
     if lse_TN is None:

@@ -103,13 +103,37 @@ def decode(
     return out_TNL, lse_TN
 
 
-def prefill(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, *, max_query_len, scale, causal):
+def prefill(
+    q_TNQ,
+    k_nope_SNP,
+    k_rope_SNR,
+    v_SNV,
+    query_start_B1,
+    key_start_B1,
+    *,
+    max_query_len,
+    scale,
+    causal,
+    accumulate=False,
+    out_TNV=None,
+    lse_TN=None,
+):
     """Attention over expanded heads, ragged: request b has queries and keys from start[b] to start[b + 1].
 
     k_rope_SNR: the rotary key, one for all heads; pass an expanded view (stride 0 over heads).
     causal: queries are the last tokens of their keys; otherwise every query sees every key of its request.
+    accumulate: `out_TNV` and `lse_TN` hold attention over other keys (and are read here then alone); the answer is
+        folded into them as `merge` would, without its rounding to their dtype before.
     Returns out_TNV in the query's dtype and lse_TN.
     """
+    if accumulate:
+        part = prefill(
+            *(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1),
+            max_query_len=max_query_len,
+            scale=scale,
+            causal=causal,
+        )
+        return merge(out_TNV, lse_TN, *part)
     out_TNV = q_TNQ.new_zeros(*q_TNQ.shape[:2], v_SNV.shape[-1])
     lse_TN = q_TNQ.new_full(q_TNQ.shape[:2], -torch.inf, dtype=_accumulator(q_TNQ.dtype))
     query_start, key_start = query_start_B1.tolist(), key_start_B1.tolist()

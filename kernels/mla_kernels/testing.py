@@ -203,16 +203,31 @@ class RaggedCase:
     arrays: tuple[torch.Tensor, ...]  # q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1
     options: dict
 
-    def reference(self):
-        """Expected (out_TNV, lse_TN) in float64."""
+    def reference(self, so_far=None):
+        """Expected (out_TNV, lse_TN) in float64; accumulated in the pair `so_far` if there is one."""
         *values, query_start, key_start = self.arrays
-        return reference.prefill(*(x.double() for x in values), query_start, key_start, **self.options)
+        names = ("out_TNV", "lse_TN") if so_far else ()
+        into = {name: x.double() for name, x in zip(names, so_far or (), strict=True)}
+        options = {**self.options, "accumulate": so_far is not None, **into}
+        return reference.prefill(*(x.double() for x in values), query_start, key_start, **options)
 
     def magnitude(self):
         """Sum of |weight * value| behind each element of the output, [T, N, V], in float64."""
         *values, query_start, key_start = self.arrays
         *others, v = (x.double() for x in values)
         return reference.prefill(*others, v.abs(), query_start, key_start, **self.options)[0]
+
+
+def make_so_far(case: RaggedCase, *, seed: int = 0):
+    """(out_TNV, lse_TN) over other keys, to accumulate a case in: LSE a few e-folds or hopelessly far from the case's,
+    and rows that have seen nothing, with NaN for values."""
+    g, (q, *_, v, _, _) = _generator(seed + 1), case.arrays
+    lse = case.reference()[1].float().cpu().nan_to_num(neginf=0.0)
+    lse += torch.randn(lse.shape, generator=g) * 10.0 ** torch.randint(0, 4, lse.shape, generator=g)
+    out = torch.randn(*lse.shape, v.shape[-1], generator=g)
+    nothing = torch.rand(lse.shape, generator=g) < 0.2
+    lse[nothing], out[nothing] = -torch.inf, torch.nan
+    return out.to(q), lse.to(q.device)
 
 
 def make_prefill(

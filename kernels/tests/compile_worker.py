@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import mla_kernels.device
 from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, split_for
-from mla_kernels.testing import make_decode, make_pool, make_prefill
+from mla_kernels.testing import make_decode, make_pool, make_prefill, make_so_far
 
 GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
     "DeepSeek-V3 TP8": (16, 512, 128, 64, 128),
@@ -102,6 +102,8 @@ GLUON_SM90_RAGGED = (
     (64, 0, 128, FP16),
     (128, 128, 64, BF16),
 )
+PREFILL_FORMS = ((True, False), (False, False), (False, True))  # causal, accumulate
+OUTPUTS = ("out_TNV", "lse_TN")
 
 
 class TargetOnly:
@@ -171,9 +173,12 @@ def launch_decode(run, geometry, dtype, cache_dtype, every: bool):
 
 
 def launch_prefill(run, geometry, dtype, cache_dtype, every: bool):
-    for causal in (True, False) if every else (True,):
-        case = make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False)
-        launch_case(run, case)
+    for causal, accumulate in PREFILL_FORMS if every else PREFILL_FORMS[::2]:
+        launch_ragged(run, make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False), accumulate)
+
+
+def launch_ragged(run, case, accumulate: bool):
+    run(*case.arrays, **case.options, accumulate=accumulate, **dict(zip(OUTPUTS, make_so_far(case), strict=True)))
 
 
 def _pool(geometry, dtype):
@@ -319,14 +324,15 @@ def decode_few_variants():
 
 
 def prefill_variants():
-    for nope, rope, v, dtype in GLUON_SM90_RAGGED:
+    for number, (nope, rope, v, dtype) in enumerate(GLUON_SM90_RAGGED):
         geometry = MLAGeometry(
             num_heads=3, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        for causal in (True, False):
+        for causal, accumulate in PREFILL_FORMS[:: 2 if number else 1]:
             case = make_prefill(geometry, [70, 4], causal=causal, dtype=dtype, needles=False)
             name = f"nope {nope}, rope {rope}, v {v}, {'causal' if causal else 'every key'}"
-            yield name, problem_of(geometry, dtype, 64), partial(launch_case, case=case)
+            name += ", accumulated" if accumulate else ""
+            yield name, problem_of(geometry, dtype, 64), partial(launch_ragged, case=case, accumulate=accumulate)
 
 
 HOPPER_VARIANTS = {

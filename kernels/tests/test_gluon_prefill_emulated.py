@@ -7,7 +7,7 @@ from gluon_emulator import emulated
 
 import mla_kernels.primitives as primitives
 from mla_kernels import Device, MLAGeometry
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
 
 MODULES = ("hopper", "hopper_prefill", "prefill.gluon_sm90_ragged")
 GPU = Device("cuda", 90, "a small Hopper", 5)
@@ -29,14 +29,18 @@ def geometry(heads=2, nope=128, rope=64, v=128):
     return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v)
 
 
-def check(kernel, shape, *lens, change=lambda case: case, **options):
+def check(kernel, shape, *lens, change=lambda case: case, accumulate=False, **options):
     case = change(make_prefill(shape, *lens, dtype=torch.float16, **options))
     tokens, heads = case.arrays[0].shape[:2]
     wide = torch.full((tokens, heads + 1, shape.v_head_dim + 16), torch.nan, dtype=torch.float16)
     out = wide[:, :heads, : shape.v_head_dim]
     lse = torch.full((heads, tokens + 1), torch.nan).T[:tokens]  # heads first, as vLLM passes it
-    kernel.run(*case.arrays, **case.options, out_TNV=out, lse_TN=lse)
-    expected, expected_lse = case.reference()
+    so_far = make_so_far(case) if accumulate else None
+    if accumulate:
+        out.copy_(so_far[0])
+        lse.copy_(so_far[1])
+    kernel.run(*case.arrays, **case.options, accumulate=accumulate, out_TNV=out, lse_TN=lse)
+    expected, expected_lse = case.reference(so_far)
     assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
     assert_matches("out", out, expected, TOLERANCE[torch.float16])
     assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
@@ -61,6 +65,16 @@ def test_every_query_sees_every_key(kernel, key_lens, needles):
 )
 def test_causal_queries_are_the_last_of_their_keys(kernel, query_lens, key_lens):
     check(kernel, geometry(), query_lens, key_lens)
+
+
+@pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 400, 129], [0, 0, 0]], ids=str)
+def test_accumulates(kernel, key_lens):
+    check(kernel, geometry(), [20, 3, 165], key_lens, causal=False, accumulate=True)
+
+
+@pytest.mark.parametrize(("heads", "nope", "rope", "v"), [(1, 192, 64, 256), (3, 64, 64, 64), (2, 256, 0, 256)])
+def test_accumulates_in_every_width(kernel, heads, nope, rope, v):
+    check(kernel, geometry(heads, nope, rope, v), [9, 150], [70, 150], causal=False, accumulate=True)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +113,7 @@ def test_strided_and_concatenated(kernel):
 
 def several(kernel):
     check(kernel, geometry(), [200, 9, 129], [330, 70, 129])
+    check(kernel, geometry(), [200, 9, 7], [330, 70, 0], causal=False, accumulate=True)
 
 
 # Barriers matter only if somebody is late: what is late, and the wait that is then needed.
@@ -151,12 +166,22 @@ MISTAKES = {
         "sees = gl.minimum(all_see + i + 1, keys)",
     ),
     "a warpgroup thinks that it sees what the other does": ("gl.minimum(all_see + W * ROWS, keys)", "keys"),
-    "outputs are not rescaled": ("            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]\n", ""),
+    "outputs are not rescaled": (
+        "            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]\n            p",
+        "            p",
+    ),
     "a block of keys is never released": ("mbarrier.arrive(smem.k_empty.index(1 - stage), count=1)", "pass"),
     "queries are released too early": ("if b == blocks - 1:", "if b == blocks - 2:"),
     "a tile is skipped": ("_find(claim + gl.num_programs(0),", "_find(claim + gl.num_programs(0) + claim // 3,"),
     "all heads of a group are the first": ("head + local % group", "head"),
     "both warpgroups have the same queries": ("[token + w * ROWS, column", "[token, column"),
+    "the answer so far is not rescaled": (
+        "            acc = acc * gl.convert_layout(rescale, o_row_lay)[:, None]\n        if begin",
+        "        if begin",
+    ),
+    "rows that have seen nothing weigh something": ("seen * rescale * 0.25", "rescale * 0.25"),
+    "values of rows that have seen nothing count": ("[:, None], values, 0.0)", "[:, None] | True, values, 0.0)"),
+    "both warpgroups begin with the same answer": ("_so_far(out, token + W * ROWS,", "_so_far(out, token,"),
     "outputs go where the next tile's do": ("token + W * ROWS, rows - W", "next_token + W * ROWS, rows - W"),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
-from mla_kernels.testing import make_decode, make_prefill
+from mla_kernels.testing import make_decode, make_prefill, make_so_far
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -71,6 +71,12 @@ def test_prefill_far_tokens(kernel, causal):
     far = spread(expected)
     run(*case.arrays, **case.options, out_TNV=far.fill_(torch.nan))
     assert torch.equal(far, expected)
+    so_far = make_so_far(case)
+    near = [x.clone() for x in so_far]
+    run(*case.arrays, **case.options, accumulate=True, out_TNV=near[0], lse_TN=near[1])
+    run(*case.arrays, **case.options, accumulate=True, out_TNV=far.copy_(so_far[0]), lse_TN=so_far[1])
+    assert torch.equal(far, near[0])
+    assert torch.equal(so_far[1], near[1])
 
 
 def test_cache_write_and_gather_far_pages():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,14 +32,17 @@ def make(shape, *lens, dtype=BF16, **options):
     return make_prefill(shape, *lens, dtype=dtype, device="cuda", **options)
 
 
-def run(case, shift=0):
-    """(out, lse) of the case, in memory where whatever is written beside them shows."""
+def run(case, shift=0, so_far=None):
+    """(out, lse) of the case, in memory where whatever is written beside them shows; added to the pair `so_far`."""
     q, width = case.arrays[0], case.geometry.v_head_dim
     tokens, heads = q.shape[:2]
     wide = torch.full((tokens, heads + 1, width + 16), torch.nan, dtype=q.dtype, device="cuda")
     out = wide[:, :heads, shift : width + shift]
     lse = torch.full((heads, tokens + 1), torch.nan, device="cuda").T[:tokens]  # heads first, as vLLM passes it
-    KERNEL.run(*case.arrays, **case.options, out_TNV=out, lse_TN=lse)
+    if so_far:
+        out.copy_(so_far[0])
+        lse.copy_(so_far[1])
+    KERNEL.run(*case.arrays, **case.options, accumulate=so_far is not None, out_TNV=out, lse_TN=lse)
     assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output, or NaN"
     return out, lse
 
@@ -71,6 +74,22 @@ def test_causal_lengths_around_every_edge(lens, dtype, needles):
 @pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 999, 129]], ids=str)
 def test_every_query_sees_every_key(key_lens, dtype, needles):
     check(make(geometry(), [20, 3, 365], key_lens, causal=False, dtype=dtype, needles=needles))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize(("nope", "rope", "v"), [(128, 64, 128), (192, 64, 256), (64, 64, 64)])
+@pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 999, 129], [0, 0, 0]], ids=str)
+def test_accumulates(key_lens, nope, rope, v, dtype):
+    """And the same bits every time, however the answer so far was computed before."""
+    case = make(geometry(3, nope, rope, v), [20, 3, 365], key_lens, causal=False, dtype=dtype)
+    so_far = make_so_far(case)
+    (out, lse), (again, again_lse) = (run(case, so_far=so_far) for _ in range(2))
+    expected, expected_lse = case.reference(so_far)
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    # Weighted sums of the case's values and of values of about unit size.
+    assert_matches("out", out, expected, TOLERANCE[dtype], case.magnitude() + 1)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, again_lse)
 
 
 @pytest.mark.parametrize(

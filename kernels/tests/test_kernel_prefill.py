@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, reference
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
 
 KERNELS = OPERATIONS["prefill"]
 EDGE_LENGTHS = ([1, 0, 16, 63], [64, 65], [17, 129])
@@ -28,7 +28,7 @@ def kernel(request):
 def check(kernel, place):
     """Run the kernel on the case that `make_prefill` makes, into outputs full of NaN, and compare."""
 
-    def run(geometry, *lens, dtype=torch.float32, change=lambda case: case, **options):
+    def run(geometry, *lens, dtype=torch.float32, change=lambda case: case, accumulate=False, **options):
         where = place(kernel, problem_of(geometry, dtype))
         if where == "cpu" and dtype == torch.bfloat16 and kernel.name.startswith("triton"):
             pytest.skip("the interpreter rounds to bfloat16 by cutting off")
@@ -37,8 +37,12 @@ def check(kernel, place):
         wide = torch.full((tokens, heads + 1, geometry.v_head_dim + 16), torch.nan, dtype=dtype, device=where)
         out = wide[:, :heads, : geometry.v_head_dim]
         lse = torch.full((heads, tokens + 1), torch.nan, device=where).T[:tokens]  # heads first, as vLLM passes it
-        kernel.run(*case.arrays, **case.options, out_TNV=out, lse_TN=lse)
-        expected, expected_lse = case.reference()
+        so_far = make_so_far(case) if accumulate else None
+        if accumulate:
+            out.copy_(so_far[0])
+            lse.copy_(so_far[1])
+        kernel.run(*case.arrays, **case.options, accumulate=accumulate, out_TNV=out, lse_TN=lse)
+        expected, expected_lse = case.reference(so_far)
         assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
         assert_matches("out", out, expected, TOLERANCE[dtype])
         assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
@@ -72,6 +76,54 @@ def test_causal_queries_are_the_last_of_more_keys(check, query_lens, key_lens, d
 
 def test_queries_before_the_first_key_see_nothing(check):
     check(geometry(), [70, 3, 66], [5, 1, 65])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key_lens", [[200, 64, 1, 5], [63, 0, 65, 0], [0, 0, 0, 0]], ids=str)
+def test_accumulates(check, key_lens, dtype):
+    check(geometry(), [20, 3, 65, 0], key_lens, causal=False, dtype=dtype, accumulate=True)
+
+
+@pytest.mark.parametrize(("heads", "nope", "rope", "v"), [(20, 192, 64, 256), (2, 192, 0, 192), (3, 24, 8, 12)])
+def test_accumulates_in_every_width(check, heads, nope, rope, v):
+    check(geometry(heads, nope, rope, v), [9], [70], causal=False, dtype=torch.float16, accumulate=True)
+
+
+def test_accumulates_what_is_causal(check):
+    check(geometry(), [70, 3, 66], [65, 1, 130], accumulate=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_many_chunks_round_no_more_than_merging_would(kernel, place, dtype):
+    """Context of 40 chunks: as one, and closer to it than the same chunks by themselves, merged one after another."""
+    chunks, tokens, rows = 40, 5, 33
+    where = place(kernel, problem_of(geometry(), dtype))
+    whole = make_prefill(geometry(), [tokens], [chunks * rows], causal=False, dtype=dtype, device=where, needles=False)
+    q, *keys, query_start, _ = whole.arrays
+    bounds = torch.tensor([0, rows], dtype=torch.int32, device=where)
+    answers = []
+    for accumulate in (True, False):
+        out, lse = torch.full((tokens, 2, 64), torch.nan).to(q), torch.full((tokens, 2), -torch.inf).to(where)
+        for first in range(0, chunks * rows, rows):
+            arrays = (q, *(x[first : first + rows] for x in keys), query_start, bounds)
+            if accumulate:
+                kernel.run(*arrays, **whole.options, accumulate=True, out_TNV=out, lse_TN=lse)
+            else:
+                out, lse = reference.merge(out, lse, *kernel.run(*arrays, **whole.options))
+        answers.append((out, lse))
+    expected, expected_lse = whole.reference()
+    assert_matches("lse", answers[0][1], expected_lse, LSE_TOLERANCE)
+    if dtype == torch.float32:
+        assert_matches("out", answers[0][0], expected, TOLERANCE[dtype])
+        return
+    accumulated, merged = ((out.double() - expected).square().mean().sqrt() for out, _ in answers)
+    assert accumulated < merged
+
+
+def test_nothing_to_accumulate_in_is_refused(kernel, place):
+    case = make_prefill(geometry(), [4], device=place(kernel, problem_of(geometry())))
+    with pytest.raises(ValueError, match="accumulate needs out_TNV and lse_TN"):
+        kernel.run(*case.arrays, **case.options, accumulate=True)
 
 
 @pytest.mark.parametrize(

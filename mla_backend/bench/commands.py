@@ -116,7 +116,8 @@ def prefill(
 ) -> None:
     """Time prefill attention in a CUDA graph, after every case has agreed with float32 attention.
 
-    Peers get keys concatenated and values contiguous, and what that costs is not in their time.
+    Peers get keys concatenated and values contiguous, and what that costs is not in their time. Cases called `step`
+    need vLLM: what a layer of its does for a request, ours beside its own with FlashAttention-3.
     """
     peers = chosen_peers(against, prefill_cases.PEERS)
     if plot:
@@ -129,7 +130,10 @@ def prefill(
     if plot:
         from mla_backend.bench.plot_prefill import plot_prefill
 
-        plot_prefill(rows, plot)
+        alone = [row for row in rows if row["case"] == "kernel"]
+        if not alone:
+            raise fail("--plot draws cases of the kernel alone, and these are steps; leave it out")
+        plot_prefill(alone, plot)
 
 
 @bench.command()

@@ -129,7 +129,8 @@ def run(cases, verify, measure, *, line: Callable[[dict], str], columns, csv: pa
     facts, rows = machine(), []
     for case in cases:
         verify(case)
-    print(f"{len(cases)} cases agree with float32 attention on {facts['gpu']}; timing them", flush=True)
+    if cases:
+        print(f"{len(cases)} cases agree with float32 attention on {facts['gpu']}; timing them", flush=True)
     refusals: dict[tuple[str, str], list[str]] = {}
     for case in cases:
 

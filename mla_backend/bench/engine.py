@@ -122,14 +122,15 @@ class Engine:
 
 
 def serve(connection, folder: str, engine: Engine, experiment: Experiment) -> None:
-    """A process's life: build the engine, then answer (requests, tokens) with StepTimes until it is ended."""
+    """A process's life: build the engine, then answer every workload that it is asked for with its times, until it is
+    ended."""
     try:
         set_environment(dict(engine.environment))
         host = import_module(f"mla_backend.bench.{experiment.host}_engine")
         llm, version = host.start(folder, engine.backend, experiment)
         time_step = functools.partial(host.time_step, llm, experiment)
-        for requests, tokens in experiment.workloads:
-            time_step(requests, tokens)  # whatever compiles at first use
+        for workload in experiment.workloads:
+            time_step(*workload)  # whatever compiles at first use
         connection.send(version)
         while True:
             connection.send(time_step(*connection.recv()))
@@ -159,9 +160,10 @@ class Worker:
             raise answer
         return answer
 
-    def ask(self, requests: int, tokens: int) -> StepTimes:
+    def ask(self, *workload: int):
+        """The times of a workload."""
         with contextlib.suppress(ConnectionError):  # its end is what the answer will be
-            self.connection.send((requests, tokens))
+            self.connection.send(workload)
         return self.answer()
 
     def stop(self) -> None:

@@ -13,8 +13,10 @@ import torch
 
 from mla_backend.attention import MLAAttention
 from mla_backend.bench import compare, prefill_cases
+from mla_backend.bench.machine import BenchmarkError, machine
 from mla_backend.bench.peers import PREFILL, PrefillInputs
-from mla_backend.bench.prefill_cases import SHAPE, PrefillCase
+from mla_backend.bench.prefill_cases import SHAPE, PrefillCase, StepCase
+from mla_backend.bench.results import write_csv
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_kernels import CacheLayout, Problem, device_of, format_of
@@ -136,10 +138,14 @@ def verify(case: PrefillCase, config: MLABackendConfig, *, dtype: torch.dtype, d
     )
 
 
-def effort(case: PrefillCase) -> dict[str, int]:
-    """Options of `graph_us`: few calls of a case that takes long, whose times differ little anyway."""
-    calls = min(10, max(2, int(GRAPH_US / case.limit_us)))
+def effort_of(us: float) -> dict[str, int]:
+    """Options of `graph_us`: few calls of what takes long, whose times differ little anyway."""
+    calls = min(10, max(2, int(GRAPH_US / us)))
     return {"at_least": calls, "replays": 12 if calls == 10 else 6}
+
+
+def effort(case: PrefillCase) -> dict[str, int]:
+    return effort_of(case.limit_us)
 
 
 def measure(case: PrefillCase, config: MLABackendConfig, *, dtype: torch.dtype, peers, refused, device: str = "cuda"):
@@ -159,13 +165,39 @@ def measure(case: PrefillCase, config: MLABackendConfig, *, dtype: torch.dtype, 
 
 
 def run(cases, *, peers, kernel: str | None = None, csv: pathlib.Path | None = None):
-    """Rows and refusals of these cases, as compare.run gives them."""
+    """Rows and refusals of these cases, as compare.run gives them. Steps come last, and are refused where vLLM is not:
+    BenchmarkError if there is nothing else."""
     config = compare.config_for("prefill", kernel)
-    return compare.run(
-        cases,
+    alone = [case for case in cases if not isinstance(case, StepCase)]
+    rows, refusals = compare.run(
+        alone,
         lambda case: verify(case, config, dtype=DTYPE),
         lambda case, refused: measure(case, config, dtype=DTYPE, peers=peers, refused=refused),
         line=prefill_cases.line,
         columns=prefill_cases.COLUMNS,
         csv=csv,
     )
+    if steps := [case for case in cases if isinstance(case, StepCase)]:
+        _run_steps(steps, rows, refusals, peers=peers, kernel=kernel, csv=csv)
+    return rows, refusals
+
+
+def _run_steps(cases: list[StepCase], rows: list[dict], refusals: dict, *, peers, kernel, csv) -> None:
+    """Add their rows and refusals to those of other cases."""
+    from mla_backend.bench import prefill_steps
+
+    def refused(peer: str, reason: str, case) -> None:
+        refusals.setdefault((peer, reason), []).append(str(case))
+
+    if reason := prefill_steps.why_not():
+        if not rows:
+            raise BenchmarkError(f"case {cases[0]}: {reason}")
+        for case in cases:
+            refused("step", reason, case)
+        return
+    facts = machine()
+    for row in prefill_steps.run(cases, peers=peers, refused=refused, kernel=kernel):
+        rows.append(facts | row)
+        print(prefill_cases.line(rows[-1]), flush=True)
+        if csv:
+            write_csv(rows, csv, prefill_cases.COLUMNS)

@@ -19,7 +19,8 @@ class PrefillCase:
     """Sequences of equal length: new tokens of each, that attend causally to each other, or to all of `context` cached
     tokens where there are some. Heads of this rank; widths of queries and values.
 
-    name: the CSV's `case`. "kernel" is the attention alone, without the projection that makes keys and values.
+    name: the CSV's `case`. "kernel" is the attention alone, without the projection that makes keys and values; "step"
+    what a layer does (StepCase).
     """
 
     name: str = "kernel"
@@ -64,6 +65,33 @@ class PrefillCase:
         return f"n{self.count} s{self.tokens}{cached} h{self.heads} {self.qk_dim}/{self.v_dim}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepCase(PrefillCase):
+    """What a layer of an engine does with new tokens that it has projected and cached: attends to `context` tokens that
+    were cached before, and causally to the new ones."""
+
+    name: str = "step"
+
+    @property
+    def flop(self) -> int:
+        """Of the way that takes fewer: over expanded heads, up-projection included, or in latent space."""
+        geometry, new = self.geometry, self.tokens
+        pairs = new * self.context + new * (new + 1) // 2
+        project = geometry.kv_lora_rank * (geometry.qk_nope_head_dim + geometry.v_head_dim)
+        expanded = pairs * (self.qk_dim + self.v_dim) + (new + self.context) * project
+        latent = pairs * (geometry.latent_dim + geometry.kv_lora_rank) + new * project
+        return 2 * self.count * self.heads * min(expanded, latent)
+
+    @property
+    def bytes(self) -> int:
+        """Of queries, latent rows and output in bf16, each moved once."""
+        rows = (self.tokens + self.context) * self.geometry.latent_dim
+        return 2 * self.count * (rows + self.heads * self.tokens * (self.qk_dim + self.v_dim))
+
+    def __str__(self) -> str:
+        return f"step {super().__str__()}"
+
+
 CASES = (
     *(PrefillCase(count=count, tokens=tokens, heads=heads) for count, tokens, heads in (
         (16, 512, 16), (8, 1024, 16), (4, 4096, 16), (1, 8192, 16), (1, 32768, 16),
@@ -74,11 +102,15 @@ CASES = (
         (16, 512), (1, 8192),
     )),
     PrefillCase(count=1, tokens=512, context=16384, heads=16),
+    *(StepCase(count=1, tokens=tokens, context=context, heads=heads) for heads in (16, 128) for tokens, context in (
+        (8192, 0), (512, 16384), (64, 65536),
+    )),
 )  # fmt: skip
 
 
 def case_of(row: dict) -> PrefillCase:
-    return PrefillCase(name=row["case"], **{name: row[name] for name in SHAPE})
+    kind = StepCase if row["case"] == "step" else PrefillCase
+    return kind(**{name: row[name] for name in SHAPE})
 
 
 def teraflops(row: dict, us: float) -> float:
@@ -90,6 +122,6 @@ def line(row: dict) -> str:
     ours = row["ours_us"]
     peers = "  ".join(f"{peer} {us:.1f} ({us / ours:.2f}x)" for peer, us in peer_times(row).items())
     return (
-        f"{case_of(row)!s:28} limit {row['limit_us']:8.1f}  ours {ours:8.1f} us, {teraflops(row, ours):4.0f} TFLOP/s"
+        f"{case_of(row)!s:31} limit {row['limit_us']:8.1f}  ours {ours:8.1f} us, {teraflops(row, ours):4.0f} TFLOP/s"
         f" ({row['kernel']})  {peers or 'no peer'}"
     )

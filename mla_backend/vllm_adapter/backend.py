@@ -61,12 +61,14 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
         page_size=page_size or vllm_config.cache_config.block_size or PREFERRED_PAGE,
     )
     most = max_decode_query_len(vllm_config.speculative_config)
+    if envs.VLLM_BATCH_INVARIANT or has_prefill(vllm_config.attention_config):
+        most = max(most, tile_tokens(geometry.num_heads))  # prefill in latent space comes in tiles
     if not envs.VLLM_BATCH_INVARIANT:
         return Problem(layout=layout, dtype=dtype, max_query_len=most)
     return Problem(
         layout=layout,
         dtype=dtype,
-        max_query_len=max(most, tile_tokens(geometry.num_heads)),  # prefill comes in tiles
+        max_query_len=most,
         split_tokens=split_for(geometry),
         max_seq_len=vllm_config.model_config.max_model_len,
     )
@@ -78,6 +80,11 @@ def decode_problem(problem: Problem, ranks: int) -> Problem:
         return problem
     geometry = replace(problem.geometry, num_heads=ranks * problem.geometry.num_heads)
     return replace(problem, layout=replace(problem.layout, geometry=geometry), max_query_len=1)
+
+
+def has_prefill(attention_config) -> bool:
+    """Whether prefill under our decode is ours, too: unless the user named another."""
+    return attention_config.mla_prefill_backend is None or attention_config.mla_prefill_backend.name == NAME
 
 
 def max_decode_query_len(speculative) -> int:

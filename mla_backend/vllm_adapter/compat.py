@@ -30,19 +30,14 @@ def warnings() -> Iterator[str]:
         )
 
 
-def context_chunks(prefill) -> tuple[ContextChunk, ...]:
-    """The cached context of a step's prefill requests as chunks.
+def context_chunk_of_call(prefill, chunk, chunk_idx: int | None) -> ContextChunk:
+    """The chunk that `run_prefill_context_chunk` is called for.
 
-    Why: until 0.27 `chunked_context` holds rectangular arrays, one row a chunk with an entry for every prefill
-    request; since 0.28 it lists packed chunk objects, each for a run of requests.
+    Why: until 0.27 it is named by `chunk_idx`, and `chunked_context` holds rectangular arrays, one row a chunk with an
+    entry for every prefill request; since 0.28 a packed chunk is handed over as `chunk`, for a run of requests.
     Remove when: vLLM 0.27 is no longer served.
     """
-    context = prefill.chunked_context
-    if context is None:
-        return ()
-    if hasattr(context, "chunks"):
-        return tuple(_packed_chunk(chunk) for chunk in context.chunks)
-    return tuple(_rectangular_chunk(prefill, i) for i in range(len(context.seq_tot)))
+    return _packed_chunk(chunk) if chunk_idx is None else _rectangular_chunk(prefill, chunk_idx)
 
 
 def _packed_chunk(chunk) -> ContextChunk:
@@ -70,15 +65,6 @@ def _rectangular_chunk(prefill, i: int) -> ContextChunk:
         max_key_len=int(context.max_seq_lens[i]),
         num_keys=int(context.seq_tot[i]),
     )
-
-
-def context_chunk_of_call(prefill, chunk, chunk_idx: int | None) -> ContextChunk:
-    """The chunk that `run_prefill_context_chunk` is called for.
-
-    Why: until 0.27 it is named by `chunk_idx`, since 0.28 handed over as `chunk`.
-    Remove when: vLLM 0.27 is no longer served.
-    """
-    return _packed_chunk(chunk) if chunk_idx is None else _rectangular_chunk(prefill, chunk_idx)
 
 
 def packs_context() -> bool:

@@ -12,12 +12,12 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from mla_backend.attention import MLAAttention
-from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.attention import LAYER_OPERATIONS, MLAAttention
+from mla_backend.config import MLABackendConfig
 from mla_backend.scratch import Scratch
 from mla_backend.steps import tile_tokens
-from mla_backend.vllm_adapter import NAME, compat, memory
-from mla_backend.vllm_adapter.backend import decode_problem, layer_geometry, make_problem
+from mla_backend.vllm_adapter import compat, memory
+from mla_backend.vllm_adapter.backend import decode_problem, has_prefill, layer_geometry, make_problem
 from mla_backend.vllm_adapter.metadata import MLAMetadata
 from mla_backend.warmup import Traffic, warm_up
 from mla_kernels import Problem, device_of
@@ -72,7 +72,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         self._scratch_shapes = tuple(self.attention.decode_workspace(self._max_requests))
         self._device = torch.device(vllm_config.device_config.device)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
-        self._own_prefill = _claim_prefill(vllm_config.attention_config)
+        self.own_prefill = _claim_prefill(vllm_config.attention_config)
 
     def _scratch(self) -> list[torch.Tensor]:
         """Decode scratch: a slice of the memory that vLLM shares among layers, and locks before it serves. Where it has
@@ -93,26 +93,33 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def _step_memory(self, vllm_config, models_layer: bool = False) -> tuple[int, int]:
         """Bytes that a step of ours takes beside scratch, none if prefill is not ours, and those that vLLM counts."""
         problem = self.attention.problem
-        ours = memory.step_bytes(vllm_config, problem) if self._own_prefill else 0
+        ours = memory.step_bytes(vllm_config, problem) if self.own_prefill else 0
         if models_layer:  # vLLM's profile leaves such a layer out
             return ours + memory.concatenated_bytes(vllm_config, problem), 0
         return ours, memory.profiled_bytes(vllm_config, problem)
 
-    def get_ready(self, vllm_config, page_size: int, most_query_tokens: int, *, models_layer: bool = False) -> None:
+    def get_ready(
+        self, layer, vllm_config, page_size: int, most_query_tokens: int, *, models_layer: bool = False
+    ) -> None:
         """Compile and load all that serving can ask for, and say what memory a step takes.
 
+        layer: the one that this belongs to.
         most_query_tokens: that a request brings to decode, in one piece.
         models_layer: whether the layer is one of the model's own in place of vLLM's, which hands over queries as one
             tensor and calls prefill itself.
         """
+        self._layer, self.absorbs = layer, hasattr(layer, "W_UK_T")
         problem, shared = self.attention.problem, self._ranks > 1
+        extends = self.own_prefill and not (shared or models_layer)
+        if extends and not self.absorbs:
+            logger.info_once("mla_backend: vLLM keeps absorbed weights for AITER alone; all prefill is expanded")
         traffic = Traffic(
             max_requests=self._max_requests,
             page_size=page_size,
             uniform=(1,) if shared else range(1, most_query_tokens + 1),
             ragged=() if shared else (most_query_tokens,),
             joined=shared or models_layer,
-            tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens else (),
+            tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens or extends else (),
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
             return
@@ -123,7 +130,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             self._device,
             scratch=self._scratch(),
             scaled=problem.layout.format.scaled,
-            operations=OPERATIONS if self._own_prefill and not problem.split_tokens else ("decode", "cache_write"),
+            operations=LAYER_OPERATIONS if self.own_prefill and not problem.split_tokens else ("decode", "cache_write"),
         )
         if warmed:
             logger.info("mla_backend: %s%s", warmed, self._say_memory(vllm_config, models_layer))
@@ -175,19 +182,19 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def forward_mha(
         self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, k_scale, output, output_scale=None
     ) -> None:
-        if not self._own_prefill:
+        if not self.own_prefill:
             super().forward_mha(q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, output_scale)
             return
-        self.attention.prefill(
-            q,
-            kv_c_normed,
-            k_pe.flatten(1),
-            self._pages(kv_c_and_k_pe_cache),
-            attn_metadata.prefill_step,
-            up_project=self._up_project,
-            cache_scale=k_scale,
-            out_TNV=output.view(-1, self.num_heads, self.v_head_dim),
-        )
+        cache_AGK = self._pages(kv_c_and_k_pe_cache)
+        into = {"cache_scale": k_scale, "out_TNV": output.view(-1, self.num_heads, self.v_head_dim)}
+        if attn_metadata.prefill_step is not None:
+            new = kv_c_normed, k_pe.flatten(1)
+            self.attention.prefill(q, *new, cache_AGK, attn_metadata.prefill_step, up_project=self._up_project, **into)
+        if attn_metadata.latent_step is not None:
+            # Of the layer: vLLM makes them from whatever format the projection is in, and anew if weights are loaded
+            # again.
+            weights = {"w_k_NPL": self._layer.W_UK_T, "w_v_NLV": self._layer.W_UV}
+            self.attention.extend(q, cache_AGK, attn_metadata.latent_step, workspace=self._scratch(), **weights, **into)
 
     def _up_project(self, latent_SL: torch.Tensor) -> torch.Tensor:
         expanded = self.kv_b_proj(latent_SL)[0]
@@ -226,4 +233,4 @@ def _claim_prefill(attention_config) -> bool:
     """
     if attention_config.mla_prefill_backend is None:
         attention_config.mla_prefill_backend = MLAPrefillBackendEnum.CUSTOM
-    return attention_config.mla_prefill_backend.name == NAME
+    return has_prefill(attention_config)

@@ -9,7 +9,9 @@ import math
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
 
 from mla_backend.memory import CONTEXT_ROWS, most_bytes
+from mla_backend.steps import TILES_AT_ONCE, tile_tokens
 from mla_backend.vllm_adapter import compat
+from mla_backend.vllm_adapter.backend import max_decode_query_len
 from mla_kernels import Problem, tensor_bytes
 
 
@@ -37,8 +39,9 @@ def step_bytes(vllm_config, problem: Problem) -> int:
     return most_bytes(
         problem,
         tokens=tokens,
-        decode_tokens=min(tokens, scheduler.max_num_seqs * problem.max_query_len),
+        decode_tokens=min(tokens, scheduler.max_num_seqs * max_decode_query_len(vllm_config.speculative_config)),
         context_rows=context_rows(vllm_config),
+        latent_tokens=0 if ranks > 1 else min(tokens, TILES_AT_ONCE * tile_tokens(geometry.num_heads)),
         ranks=ranks,
     )
 

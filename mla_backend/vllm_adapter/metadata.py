@@ -17,7 +17,15 @@ from vllm.model_executor.layers.attention.mla_attention import (
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from mla_backend.shards import Shards, tokens_as_requests
-from mla_backend.steps import DecodeStep, PrefillStep, TiledStep, plan_context, tile_queries, tile_tokens
+from mla_backend.steps import (
+    DecodeStep,
+    PrefillStep,
+    Sharing,
+    TiledStep,
+    plan_prefill,
+    tile_queries,
+    tile_tokens,
+)
 from mla_backend.vllm_adapter import compat, memory
 
 
@@ -28,7 +36,10 @@ class MLADecodeMetadata(MLACommonDecodeMetadata):
 
 @dataclass
 class MLAMetadata(MLACommonMetadata[MLADecodeMetadata]):
+    """prefill_step, latent_step: the two ways through a batch's prefill requests, as `plan_prefill` gives them."""
+
     prefill_step: PrefillStep | None = None
+    latent_step: TiledStep | None = None
 
     def __post_init__(self):
         """The parent refuses head sizes that vLLM's own backends lack; our kernels were already asked."""
@@ -64,9 +75,14 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         for layer in layers:
             compat.refuse_adapters_of(layer.kv_b_proj)
-        for layer in {layer.impl.attention: layer for layer in layers}.values():
-            models_layer = not isinstance(layer, MLAAttention)  # Kimi-Linear's, since 0.27
-            layer.impl.get_ready(vllm_config, kv_cache_spec.block_size, self._most_untiled, models_layer=models_layer)
+            layer.impl.get_ready(
+                layer,
+                vllm_config,
+                kv_cache_spec.block_size,
+                self._most_untiled,
+                models_layer=not isinstance(layer, MLAAttention),  # Kimi-Linear's, since 0.27
+            )
+        self._impl = layers[-1].impl  # all of them are alike
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
@@ -136,37 +152,33 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> MLAMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if metadata.prefill is not None:
-            metadata.prefill_step = self._prefill_step(metadata, common_attn_metadata)
+        if metadata.prefill is not None and self._impl.own_prefill:
+            metadata.prefill_step, metadata.latent_step = self._plan_prefill(metadata, common_attn_metadata)
         return metadata
 
-    def _prefill_step(self, metadata: MLAMetadata, batch) -> PrefillStep:
-        prefill = metadata.prefill
-        if self._shards and prefill.chunked_context is not None:
-            chunks = self._shared_context(metadata.num_decodes, batch)
-        else:
-            chunks = compat.context_chunks(prefill)
-        return PrefillStep(
-            query_start_B1=prefill.query_start_loc,
-            max_query_len=prefill.max_query_len,
-            block_table_BM=prefill.block_table,
-            chunks=chunks,
-            gather_buffer_SK=prefill.chunked_context.workspace if chunks else None,
-            all_gather=partial(get_dcp_group().all_gather, dim=0) if self._shards else None,
+    def _plan_prefill(self, metadata: MLAMetadata, batch) -> tuple[PrefillStep | None, TiledStep | None]:
+        """Our own plan: vLLM's chunks of context are for all prefill requests."""
+        first = metadata.num_decodes  # requests before that one are decoded
+        query_lens = batch.query_start_loc_cpu[first : metadata.num_reqs + 1].diff().tolist()
+        ends = batch.seq_lens_cpu_upper_bound[first : metadata.num_reqs].tolist()  # exact for prefill
+        pages = -(-max(ends) // self.kv_cache_spec.block_size)
+        return plan_prefill(
+            self._impl.attention.problem.geometry,
+            query_lens,
+            [end - new for end, new in zip(ends, query_lens, strict=True)],
+            query_start_B1=metadata.prefill.query_start_loc,
+            block_table_BM=metadata.prefill.block_table[:, :pages],
+            seq_lens_B=batch.seq_lens[first : metadata.num_reqs],
+            gather_buffer_SK=self.chunked_prefill_workspace,
+            absorbs=self._impl.absorbs,
+            sharing=self._sharing(),
         )
 
-    def _shared_context(self, num_decodes: int, batch):
-        """Chunks of what prefill requests, those behind `num_decodes` others, have cached on all ranks."""
-        prefills = slice(num_decodes, batch.num_reqs)
-        query_lens = batch.query_start_loc_cpu.diff()[prefills]
-        context_lens = batch.seq_lens_cpu_upper_bound[prefills] - query_lens  # exact, for prefill
-        return plan_context(
-            query_lens.tolist(),
-            context_lens.tolist(),
-            most_keys=self.chunked_prefill_workspace_size,
-            device=self.device,
-            shards=self._shards,
-        )
+    def _sharing(self) -> Sharing | None:
+        if self._shards is None:
+            return None
+        gather = partial(get_dcp_group().all_gather, dim=0)
+        return Sharing(self._shards, self.chunked_prefill_workspace_size, gather)
 
 
 def _shards_of(parallel_config) -> Shards | None:

@@ -34,7 +34,7 @@ def _attention(problem: Problem, where: torch.device, scale: float) -> MLAAttent
     """One object for all layers, with its kernels compiled. vLLM makes layers, and these, before it is ready."""
     config = MLABackendConfig.from_environment()
     attention = MLAAttention(problem, device_of(where), config, scale=scale, operations=("prefill",))
-    warm_up(attention, Traffic(max_requests=1, page_size=1), where, operations=("prefill",))
+    warm_up(attention, Traffic(max_requests=1, page_size=1, accumulates=False), where, operations=("prefill",))
     return attention
 
 

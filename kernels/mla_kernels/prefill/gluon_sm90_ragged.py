@@ -39,14 +39,14 @@ _L2_BYTES = 8 << 20
         "stride_lse_t",
         "stride_lse_n",
     ],
-    do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "claimed_ptr"],
+    do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "claimed_ptr", "lse_ptr"],  # of some tokens
 )
 def _prefill_kernel(
     q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
     query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
-    WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
+    ACCUMULATE: gl.constexpr, WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
@@ -82,8 +82,8 @@ def _prefill_kernel(
     tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys)
     gl.warp_specialize(
         [
-            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, WIDE)),
-            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, WIDE)),
+            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, ACCUMULATE, WIDE)),
+            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, ACCUMULATE, WIDE)),
             (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL)),
         ],
         [4, 1],
@@ -173,8 +173,7 @@ def _kinds(*tensors) -> tuple:
     """What code for these tensors depends on, beside widths. The last two are outputs, which no descriptor is for."""
     *_, out, lse = tensors
     strides = (*out.stride()[:2], *lse.stride())
-    aligned = out.data_ptr() % 16, lse.data_ptr() % 16
-    return (out.device.index, *aligned, *(x.dtype for x in tensors), *map(_kind, strides))
+    return (out.device.index, out.data_ptr() % 16, *(x.dtype for x in tensors), *map(_kind, strides))
 
 
 _COMPILED: dict[tuple, object] = {}
@@ -201,6 +200,7 @@ def run(
     max_query_len,
     scale,
     causal,
+    accumulate=False,
     out_TNV=None,
     lse_TN=None,
 ):
@@ -210,13 +210,15 @@ def run(
     """
     T, N, Q = q_TNQ.shape
     P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
-    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN)
+    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN, accumulate=accumulate)
     require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     B = len(query_start_B1) - 1
     if T == 0 or B == 0:
         return out_TNV, lse_TN
     if len(v_SNV) == 0:
-        return out_TNV.zero_(), lse_TN.fill_(-torch.inf)
+        if not accumulate:
+            lse_TN.fill_(-torch.inf)
+        return out_TNV.masked_fill_((lse_TN == -torch.inf)[..., None], 0.0), lse_TN
     device = device_of(q_TNQ)
     block = _block(device, Q, V)
     q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
@@ -225,7 +227,7 @@ def run(
     claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
     kinds = _kinds(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
     _launch(
-        (causal, Q, R, V, *kinds), device.num_sms,
+        (causal, accumulate, Q, R, V, *kinds), device.num_sms,
         _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
         _describe(k_nope_SNP, (block, COLUMNS.value)),
         _describe(k_rope_SNR, (block, COLUMNS.value)),
@@ -233,6 +235,7 @@ def run(
         q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
         query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
         out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
-        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, WIDE=_wide(V), LOADER_REGS=24,
+        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=accumulate, WIDE=_wide(V),
+        LOADER_REGS=24,
     )  # fmt: skip
     return out_TNV, lse_TN

@@ -4,6 +4,7 @@ One program per (query tile, head, request) folds key blocks into an online soft
   1. blocks that every query of the tile sees whole, without masks;
   2. the rest, the diagonal and the last keys, with one mask;
   3. the output is divided by the sum of weights and stored with its log-sum-exp.
+Where it accumulates, the softmax begins with the answer so far instead of nothing.
 Keys are never concatenated: a score is the sum of a nope and a rope product, both read where the projection left them.
 """
 
@@ -88,6 +89,13 @@ def _fold(
     return top_M, total_M, acc1_MV, acc2_MV
 
 
+@triton.jit
+def _values_so_far(out_ptr, column, seen_M, real, V: tl.constexpr):
+    """Columns of the answer so far, in float32; zeros in rows that have seen no key, whatever stands there."""
+    x = tl.load(out_ptr + column[None, :], mask=(real & seen_M)[:, None] & (column < V)[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
 @triton.jit(
     do_not_specialize=["stride_lse_t", "stride_lse_n"],
     do_not_specialize_on_alignment=["query_start_ptr", "key_start_ptr", "lse_ptr"],
@@ -98,7 +106,8 @@ def _prefill_kernel(
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
     P: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
     V: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, ACCUMULATE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     head, request = tl.program_id(1).to(tl.int64), tl.program_id(2)
     first_query, first_key = tl.load(query_start_ptr + request), tl.load(key_start_ptr + request)
@@ -139,6 +148,15 @@ def _prefill_kernel(
     total_M = tl.zeros((BLOCK_M,), tl.float32)
     acc1_MV = tl.zeros((BLOCK_M, V1), tl.float32)
     acc2_MV = tl.zeros((BLOCK_M, V2 if V2 > 0 else 16), tl.float32)  # unused, and removed, when there is one range
+    lse_ptr += first_query * stride_lse_t + head * stride_lse_n + row64 * stride_lse_t
+    out_ptr += first_query * stride_out_t + head * stride_out_n + row64[:, None] * stride_out_t
+    if ACCUMULATE:
+        top_M = tl.load(lse_ptr, mask=real, other=-float("inf")) * LOG2_E
+        seen_M = top_M > -float("inf")  # in other rows the first key makes nothing of the weight
+        total_M = tl.full((BLOCK_M,), 1.0, tl.float32)
+        acc1_MV = _values_so_far(out_ptr, tl.arange(0, V1), seen_M, real, V)
+        if V2 > 0:
+            acc2_MV = _values_so_far(out_ptr, V1 + tl.arange(0, V2), seen_M, real, V)
     for MASKED in tl.static_range(2):
         top_M, total_M, acc1_MV, acc2_MV = _fold(
             top_M, total_M, acc1_MV, acc2_MV, q1_MP, q2_MP, q_rope_MR, sees_M,
@@ -150,10 +168,10 @@ def _prefill_kernel(
     total_M = tl.where(total_M > 0, total_M, 1.0)  # a query that saw nothing: zeros, and -inf from its maximum
     share_M = 1.0 / total_M
     lse_M = (top_M + tl.log2(total_M)) * LN_2
-    lse_ptr += first_query * stride_lse_t + head * stride_lse_n
-    tl.store(lse_ptr + row64 * stride_lse_t, lse_M, mask=real)
+    if ACCUMULATE:
+        tl.debug_barrier()  # every warp has loaded every row's LSE before one replaces it
+    tl.store(lse_ptr, lse_M, mask=real)
     column = tl.arange(0, V1)[None, :]
-    out_ptr += first_query * stride_out_t + head * stride_out_n + row64[:, None] * stride_out_t
     tl.store(out_ptr + column, acc1_MV * share_M[:, None], mask=real[:, None] & (column < V))
     if V2 > 0:
         column = V1 + tl.arange(0, V2)[None, :]
@@ -208,6 +226,7 @@ def run(
     max_query_len,
     scale,
     causal,
+    accumulate=False,
     out_TNV=None,
     lse_TN=None,
 ):
@@ -217,7 +236,7 @@ def run(
     """
     N = q_TNQ.shape[1]
     P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
-    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN)
+    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN, accumulate=accumulate)
     require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     device = device_of(q_TNQ)
     (P1, P2), (V1, V2) = _ranges(P), _ranges(V)
@@ -228,7 +247,7 @@ def run(
         *q_TNQ.stride()[:2], *k_nope_SNP.stride()[:2], *k_rope_SNR.stride()[:2], *v_SNV.stride()[:2],
         *out_TNV.stride()[:2], *lse_TN.stride(),
         P=P, P1=P1, P2=P2, R=R, R_PAD=R_PAD, V=V, V1=V1, V2=V2,
-        BLOCK_M=tile.queries, BLOCK_K=tile.keys, CAUSAL=causal, UPCAST=device.interpreted,
+        BLOCK_M=tile.queries, BLOCK_K=tile.keys, CAUSAL=causal, ACCUMULATE=accumulate, UPCAST=device.interpreted,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_TNV, lse_TN
