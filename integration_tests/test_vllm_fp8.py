@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fp8_oracle import FP8_TOLERANCE, generate_fp8
+from fp8_oracle import FP8_TOLERANCE, generate_fp8, tile_scaled
 from harness import assert_same_answers, prompts
 
 from mla_backend.attention import MLAAttention
@@ -49,6 +49,34 @@ def test_chunked_prefill_and_prefix_cache(engine, checkpoints, kernels):
         assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
     assert run.rounds[1][0]["cached"] == 192
     assert {"cache_gather", "merge"} <= {call.split(":")[0] for call in run.calls}
+
+
+def test_tile_scaled_rows(engine, checkpoints, oracle):
+    """An uneven batch, then a prompt in pieces, then the same from the cache, but for its end."""
+    folder, batch, long = checkpoints(), prompts((2, 17, 40)), prompts((150,))
+    run = engine(
+        folder,
+        [batch, long, long],
+        kernels="triton",
+        kv_cache_dtype="fp8_ds_mla",
+        max_tokens=4,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    assert "fp8_ds_mla cache, 656 bytes a token and layer" in run.log
+    wanted = generate_fp8(folder, batch, 4, rounded=tile_scaled)
+    assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
+    for other in (oracle(folder, batch, 4), generate_fp8(folder, batch, 4)):
+        with pytest.raises(AssertionError):
+            assert_same_answers(run.rounds[0], other, tolerance=FP8_TOLERANCE)
+    wanted = generate_fp8(folder, long, 4, pieces=(64, 64), rounded=tile_scaled)
+    for answers in run.rounds[1:]:
+        assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
+    assert run.rounds[2][0]["cached"] == 144
+    operations = {"cache_write", "cache_gather", "merge", "prefill", "decode"}
+    assert {call.split(":")[0] for call in run.calls} == operations
 
 
 def test_scale_of_a_layer():

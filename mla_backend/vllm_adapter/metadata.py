@@ -42,6 +42,7 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata)
+        self._gather_buffer_SK = compat.gather_buffer(self.chunked_prefill_workspace, vllm_config.model_config.dtype)
         self._most_untiled = self.reorder_batch_threshold
         if envs.VLLM_BATCH_INVARIANT:
             self.reorder_batch_threshold = vllm_config.scheduler_config.max_num_batched_tokens
@@ -109,5 +110,5 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             max_query_len=prefill.max_query_len,
             block_table_BM=prefill.block_table,
             chunks=chunks,
-            gather_buffer_SK=prefill.chunked_context.workspace if chunks else None,
+            gather_buffer_SK=self._gather_buffer_SK if chunks else None,
         )
