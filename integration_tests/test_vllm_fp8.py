@@ -79,6 +79,24 @@ def test_tile_scaled_rows(engine, checkpoints, oracle):
     assert {call.split(":")[0] for call in run.calls} == operations
 
 
+def test_tile_scaled_rows_of_other_widths_are_refused():
+    from mla_backend.vllm_adapter.backend import make_problem
+
+    geometry = MLAGeometry(num_heads=3, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+    config = SimpleNamespace(parallel_config=None)
+    wanted = r"room for fp8_ds_mla rows of latent 512 \+ rope 64 only, got 256 \+ 32; take --kv-cache-dtype fp8, or "
+    with pytest.raises(ValueError, match=wanted):
+        make_problem(config, dtype=torch.bfloat16, kv_cache_dtype="fp8_ds_mla", geometry=geometry)
+
+
+@pytest.mark.parametrize(("name", "row"), [("fp8_ds_mla", 656), ("fp8", 576), ("auto", 576)])
+def test_shapes_for_a_vllm_that_asks(name, row):
+    """0.26 to 0.28; later ones made the tensors of the tests above themselves."""
+    from mla_backend.vllm_adapter.backend import MLABackend
+
+    assert MLABackend.get_kv_cache_shape(10, 64, 1, 576, cache_dtype_str=name) == (10, 64, row)
+
+
 def test_scale_of_a_layer():
     """Our layer writes what vLLM hands over as bytes, with the scale of the call, and decodes with the layer's."""
     from mla_backend.vllm_adapter.impl import MLAImpl

@@ -59,12 +59,6 @@ def test_other_fp8_caches(engine, checkpoints):
     assert "got fp8_e5m2 (values of another format, with a bit less); name one of them" in failed.log
 
 
-def test_tile_scaled_rows_of_other_widths(engine, checkpoints):
-    failed = engine(checkpoints(kv_lora_rank=256, rope=32), [PROMPT], fails=True, kv_cache_dtype="fp8_ds_mla")
-    assert "vLLM makes room for fp8_ds_mla rows of latent 512 + rope 64 only, got 256 + 32" in failed.log
-    assert "take --kv-cache-dtype fp8, or leave the option out" in failed.log
-
-
 def test_queries_in_fp8(engine, checkpoints):
     quantised = {"use_prefill_query_quantization": True}
     failed = engine(checkpoints(), [PROMPT], fails=True, kv_cache_dtype="fp8", attention_config=quantised)

@@ -65,7 +65,8 @@ def decode(request, decoders):
 
 
 def test_same_bits_in_every_way(decode):
-    tokens = TOKENS if decode.dtype == torch.float32 else 70  # the emulator takes its time
+    fast = decode.dtype == torch.float32 and not decode.packed  # the emulator takes its time, and one layout does
+    tokens = TOKENS if fast else 70
     assert differences(decode, tokens, [p for p in EDGES if p < tokens]) == []
 
 
