@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pty
+import random
 import re
 import socket
 import subprocess
@@ -147,3 +148,30 @@ def test_tiny_checkpoint(tmp_path):
 def test_transformers_oracle(tmp_path, model, answer):
     shown = run("transformers_oracle.py", model, PROMPT, "--device", "cpu", cwd=tmp_path)
     assert f"{PROMPT!r} -> {answer!r}" in shown
+
+
+def test_train_small_model(tmp_path):
+    """A few steps: it learns, it is as small as it says, and transformers and its tokenizer load what it wrote."""
+    from train_small_model import DIGITS, library, recall_from, tokens_of
+    from transformers import AutoTokenizer
+    from transformers_oracle import generate
+
+    printed = run("train_small_model.py", "small", "--steps", 6, "--batch", 2, "--length", 512, cwd=tmp_path)
+    first, last = (float(loss) for loss in re.findall(r"loss ([0-9.]+)", printed))
+    assert last < first - 0.5
+    assert "recalled from 384 bytes before: " in printed
+    folder = tmp_path / "small"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 6e6
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"], config["dtype"]) == (512, 64, "bfloat16")
+    text, held_out = library()
+    assert len(held_out) < len(text) / 10
+    said, number = recall_from(held_out, 200, 400, random.Random(0))
+    name = said[-6:-2]
+    assert said.index(b"# note %s: %s" % (name, number)) == len(said) - 199  # behind the line break that begins it
+    assert len(number) == DIGITS
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for example in (said.decode(), "caf\u00e9 \u2192 \x00\t 1\n  2"):
+        assert tokenizer(example)["input_ids"] == tokens_of(example.encode())
+        assert tokenizer.decode(tokens_of(example.encode())) == example
+    assert len(generate(folder, [tokens_of(b"def ")], 3)[0].tokens) == 3
