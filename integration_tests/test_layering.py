@@ -4,7 +4,8 @@ examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
   -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
-     -> hopper_decode, split_merge, splits, triton_piece -> schedule -> hopper, primitives -> device, layout, geometry
+     -> hopper_decode, split_merge, splits, triton_piece -> schedule -> hopper, primitives, packed_rows
+     -> device, layout, geometry
 """
 
 import ast

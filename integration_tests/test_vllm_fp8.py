@@ -79,14 +79,29 @@ def test_tile_scaled_rows(engine, checkpoints, oracle):
     assert {call.split(":")[0] for call in run.calls} == operations
 
 
-def test_tile_scaled_rows_of_other_widths_are_refused():
-    from mla_backend.vllm_adapter.backend import make_problem
+def refused(dtype=torch.bfloat16, prefill=None, **model) -> list[str]:
+    """Reasons against a server with a tile-scaled cache."""
+    from mla_backend.vllm_adapter.backend import refusals
 
-    geometry = MLAGeometry(num_heads=3, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
-    config = SimpleNamespace(parallel_config=None)
-    wanted = r"room for fp8_ds_mla rows of latent 512 \+ rope 64 only, got 256 \+ 32; take --kv-cache-dtype fp8, or "
-    with pytest.raises(ValueError, match=wanted):
-        make_problem(config, dtype=torch.bfloat16, kv_cache_dtype="fp8_ds_mla", geometry=geometry)
+    shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128} | model
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_attention_heads=4, **shape)),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1, use_ubatching=False),
+        attention_config=SimpleNamespace(mla_prefill_backend=prefill and SimpleNamespace(name=prefill)),
+        cache_config=SimpleNamespace(block_size=64),
+        speculative_config=None,
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+    return refusals(config, dtype=dtype, kv_cache_dtype="fp8_ds_mla", page_size=64, use_mla=True)
+
+
+def test_refusals_of_tile_scaled_rows():
+    for fine in ((), (torch.float16,), (torch.bfloat16, "FLASH_ATTN"), (torch.float32, "CUSTOM")):
+        assert refused(*fine) == []
+    (reason,) = refused(kv_lora_rank=256, qk_rope_head_dim=32)
+    assert "rows of latent 512 + rope 64 only, got 256 + 32; take --kv-cache-dtype fp8, or" in reason
+    (reason,) = refused(torch.float16, "FLASH_ATTN")
+    assert "in bfloat16 only, got torch.float16; leave out -ac.mla_prefill_backend FLASH_ATTN" in reason
 
 
 @pytest.mark.parametrize(("name", "row"), [("fp8_ds_mla", 656), ("fp8", 576), ("auto", 576)])

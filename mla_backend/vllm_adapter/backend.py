@@ -120,6 +120,11 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
             "with VLLM_BATCH_INVARIANT=1 mla_backend sends prefill through its decode, whose bits another prefill has "
             f"not; leave out -ac.mla_prefill_backend {other_prefill.name}"
         )
+    if kv_cache_dtype == TILE_SCALED and dtype != torch.bfloat16 and other_prefill and other_prefill.name != NAME:
+        reasons.append(
+            f"prefill of vLLM's own reads {TILE_SCALED} in bfloat16 only, got {dtype}; leave out "
+            f"-ac.mla_prefill_backend {other_prefill.name}, or take --dtype bfloat16"
+        )
     if page_size is not None and page_size % PAGE_MULTIPLE:
         reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
