@@ -58,6 +58,7 @@ BY_NAME = {
 FIELDS_ELSEWHERE = {"sglang.srt.server_args.ServerArgs": "sglang/srt/arg_groups/fields"}
 # Classes of ours that are treated as this class of the engine without being written as subclasses of it.
 STAND_INS = {
+    "AskedForShapes": f"{_MLA}.MLACommonBackend",
     "_Announced": _CONVERTOR,
     "_Listed": _CONVERTOR,
     "MLAMultiStepDraft": "sglang.srt.layers.attention.triton_backend.TritonMultiStepDraftBackend",

@@ -14,18 +14,30 @@ from transformers_oracle import Generation, load
 FP8_TOLERANCE = 0.1
 
 
-class Fp8Cache(DynamicCache):
-    """Holds e4m3 values with a scale of 1. Tokens that come together see each other as they are, if they are many;
-    one alone, or few in latent space, are read back from the cache."""
+def per_tensor(latent, rope):
+    """e4m3 values with a scale of 1."""
+    return tuple(x.to(torch.float8_e4m3fn).float() for x in (latent, rope))
 
-    def __init__(self, most_in_latent_space: int):
+
+def tile_scaled(latent, rope):
+    """fp8_ds_mla: e4m3 values of the latent with a power of two for each 128 as scale, and bfloat16 of the rest."""
+    tiles = latent.unflatten(-1, (-1, 128))
+    scale = (tiles.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-4).log2().ceil().exp2()
+    return ((tiles / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2), rope.bfloat16().float()
+
+
+class Fp8Cache(DynamicCache):
+    """Holds what `rounded` makes of latents and rotary keys. Tokens that come together see each other as they are, if
+    they are many; one alone, or few in latent space, are read back from the cache."""
+
+    def __init__(self, most_in_latent_space: int, rounded):
         super().__init__()
-        self._most = most_in_latent_space
+        self._most, self._rounded = most_in_latent_space, rounded
 
     def update(self, latent, rope, layer, *args, **kwargs):
         if rope.shape[1] != 1:
             pytest.skip(f"transformers {transformers.__version__} caches expanded keys, 5.17.0 and 5.19.0 the latent")
-        held = super().update(*(x.to(torch.float8_e4m3fn).float() for x in (latent, rope)), layer, *args, **kwargs)
+        held = super().update(*self._rounded(latent, rope), layer, *args, **kwargs)
         new = latent.shape[-2]
         if new <= self._most:
             return held
@@ -33,15 +45,18 @@ class Fp8Cache(DynamicCache):
 
 
 @torch.inference_mode()
-def generate_fp8(folder, prompts, max_tokens: int, *, pieces=None, most_in_latent_space: int = 1) -> list[Generation]:
+def generate_fp8(
+    folder, prompts, max_tokens: int, *, pieces=None, most_in_latent_space: int = 1, rounded=per_tensor
+) -> list[Generation]:
     """Greedy continuation of each prompt, in float32.
 
     pieces: lengths of the parts in which a prompt is prefilled, the last one open; whole without.
     most_in_latent_space: tokens of a part that is attended to in latent space, so through the cache.
+    rounded: what the cache makes of values.
     """
     model, answers = load(folder, torch.float32), []
     for prompt in prompts:
-        cache, parts, rest = Fp8Cache(most_in_latent_space), [], list(prompt)
+        cache, parts, rest = Fp8Cache(most_in_latent_space, rounded), [], list(prompt)
         for length in pieces or ():
             parts, rest = [*parts, rest[:length]], rest[length:]
         answers.append(_continue(model, cache, [part for part in (*parts, rest) if part], max_tokens))

@@ -150,7 +150,8 @@ def choices():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_right_kernels_pass(operation):
-    for dtypes in ((torch.float32,), (torch.float16,), (torch.float32, torch.float8_e4m3fn)):
+    fp8 = (torch.float32, torch.float8_e4m3fn), (torch.float32, torch.uint8)
+    for dtypes in ((torch.float32,), (torch.float16,), *fp8):
         chosen = select(operation, problem(*dtypes), device_of(WHERE))
         assert selftest.failure(chosen, problem(*dtypes), WHERE) is None
 

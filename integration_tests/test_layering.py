@@ -5,7 +5,7 @@ examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
   -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
   -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
      -> hopper_launch, hopper_few -> hopper_decode, hopper_convert, split_merge, splits, triton_piece
-     -> hopper_load -> schedule -> hopper, primitives -> device, layout, geometry
+     -> hopper_load -> schedule -> hopper, primitives, packed_rows -> device, layout, geometry
 """
 
 import ast
@@ -199,11 +199,12 @@ LEAVES = {
     "cache_layout": ("geometry",),
     "reference": ("geometry", "device", "cache_layout"),
     "primitives": ("geometry", "device", "cache_layout"),
+    "packed_rows": ("cache_layout",),
     "hopper": ("device",),
     "schedule": ("hopper",),
     "split_merge": ("primitives",),
     "splits": ("primitives",),
-    "triton_piece": ("primitives",),
+    "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
     "hopper_convert": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),

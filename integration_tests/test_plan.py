@@ -40,6 +40,8 @@ def test_deepseek_v3(v3):
     assert found["MLA, bf16"].token_bytes == 70_272
     assert found["MLA, fp32"].token_bytes == 2 * 70_272
     assert found["MLA, fp8"].token_bytes == 61 * 576
+    assert found["MLA, fp8_ds_mla"].token_bytes == 61 * 656
+    assert found["MLA, fp8_ds_mla"].tokens == pytest.approx(1.756 * found["MLA, bf16"].tokens, rel=1e-3)
     assert round(found["MLA, bf16"].request_bytes / GIB, 2) == 17.16
     assert found["MLA, bf16"].tokens == 50 * GIB // 70_272
     assert found["MLA, bf16"].requests == 2
@@ -188,11 +190,13 @@ def test_kernels_of_a_cache_format(v3, monkeypatch):
     found = kernels(load(v3), "sm_80", 8, "fp8")
     assert found["decode"].startswith("triton_splitkv")
     assert found["cache write"] == "triton_write"
+    assert kernels(load(v3), "sm_80", 8, "fp8_ds_mla")["decode"].startswith("triton_splitkv")
     monkeypatch.setenv("MLA_BACKEND_DECODE", "gluon_sm90")
-    assert "got torch.bfloat16 and torch.float8_e4m3fn" in kernels(load(v3), "sm_90", 8, "fp8")["decode"]
+    assert "got torch.bfloat16 queries and fp8 cache" in kernels(load(v3), "sm_90", 8, "fp8")["decode"]
     done = command(v3, "--cache", "fp8")
     assert "On sm_90, fp8 cache, pages of 64:" in done.stdout
-    assert "--cache must be one of bf16, fp16, fp32, fp8, got 'int4'" in command(v3, "--cache", "int4").stderr
+    other = command(v3, "--cache", "int4")
+    assert "--cache must be one of bf16, fp16, fp32, fp8, fp8_ds_mla, got 'int4'" in other.stderr
 
 
 def test_an_architecture_that_is_none(v3):

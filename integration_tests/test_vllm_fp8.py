@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fp8_oracle import FP8_TOLERANCE, generate_fp8
+from fp8_oracle import FP8_TOLERANCE, generate_fp8, tile_scaled
 from harness import assert_same_answers, prompts
 
 from mla_backend.attention import MLAAttention
@@ -50,6 +50,67 @@ def test_chunked_prefill_and_prefix_cache(engine, checkpoints, kernels):
         assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
     assert run.rounds[1][0]["cached"] == 240
     assert "cache_gather" in {call.split(":")[0] for call in run.calls}
+
+
+def test_tile_scaled_rows(engine, checkpoints, oracle):
+    """An uneven batch, then a prompt in pieces, then the same from the cache, but for its end."""
+    folder, batch, long = checkpoints(), prompts((2, 17, 40)), prompts((150,))
+    run = engine(
+        folder,
+        [batch, long, long],
+        kernels="triton",
+        kv_cache_dtype="fp8_ds_mla",
+        max_tokens=4,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        block_size=16,
+    )
+    assert "fp8_ds_mla cache, 656 bytes a token and layer" in run.log
+    wanted = generate_fp8(folder, batch, 4, rounded=tile_scaled)
+    assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
+    for other in (oracle(folder, batch, 4), generate_fp8(folder, batch, 4)):
+        with pytest.raises(AssertionError):
+            assert_same_answers(run.rounds[0], other, tolerance=FP8_TOLERANCE)
+    wanted = generate_fp8(folder, long, 4, pieces=(64, 64), rounded=tile_scaled)
+    for answers in run.rounds[1:]:
+        assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
+    assert run.rounds[2][0]["cached"] == 144
+    operations = {"cache_write", "cache_gather", "merge", "prefill", "decode"}
+    assert {call.split(":")[0] for call in run.calls} == operations
+
+
+def refused(dtype=torch.bfloat16, prefill=None, **model) -> list[str]:
+    """Reasons against a server with a tile-scaled cache."""
+    from mla_backend.vllm_adapter.backend import refusals
+
+    shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128} | model
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_attention_heads=4, **shape)),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1, use_ubatching=False),
+        attention_config=SimpleNamespace(mla_prefill_backend=prefill and SimpleNamespace(name=prefill)),
+        cache_config=SimpleNamespace(block_size=64),
+        speculative_config=None,
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+    return refusals(config, dtype=dtype, kv_cache_dtype="fp8_ds_mla", page_size=64, use_mla=True)
+
+
+def test_refusals_of_tile_scaled_rows():
+    for fine in ((), (torch.float16,), (torch.bfloat16, "FLASH_ATTN"), (torch.float32, "CUSTOM")):
+        assert refused(*fine) == []
+    (reason,) = refused(kv_lora_rank=256, qk_rope_head_dim=32)
+    assert "rows of latent 512 + rope 64 only, got 256 + 32; take --kv-cache-dtype fp8, or" in reason
+    (reason,) = refused(torch.float16, "FLASH_ATTN")
+    assert "in bfloat16 only, got torch.float16; leave out -ac.mla_prefill_backend FLASH_ATTN" in reason
+
+
+@pytest.mark.parametrize(("name", "row"), [("fp8_ds_mla", 656), ("fp8", 576), ("auto", 576)])
+def test_shapes_for_a_vllm_that_asks(name, row):
+    """0.26 to 0.28; later ones made the tensors of the tests above themselves."""
+    from mla_backend.vllm_adapter.backend import MLABackend
+
+    assert MLABackend.get_kv_cache_shape(10, 64, 1, 576, cache_dtype_str=name) == (10, 64, row)
 
 
 def test_scale_of_a_layer():

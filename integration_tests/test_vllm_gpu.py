@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from draft_checkpoints import eagle_draft, with_mtp_layer
-from fp8_oracle import FP8_TOLERANCE, generate_fp8
+from fp8_oracle import FP8_TOLERANCE, generate_fp8, per_tensor, tile_scaled
 from harness import MAX_TOKENS, assert_same_answers, prompts, varied_rounds
 
 pytest.importorskip("vllm")
@@ -54,12 +54,43 @@ def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle, kernel)
         assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
 
 
-def test_fp8_cache_with_cuda_graphs(engine, checkpoints):
+@pytest.mark.parametrize(("name", "row", "rounded"), [("fp8", 576, per_tensor), ("fp8_ds_mla", 656, tile_scaled)])
+def test_fp8_cache_with_cuda_graphs(engine, checkpoints, name, row, rounded):
     """Without experts, whose TF32 would round values of the cache to others."""
     folder = checkpoints(layers=1)
-    run = engine(folder, [prompts()], kv_cache_dtype="fp8", **GRAPHS)
-    assert "fp8 cache, 576 bytes a token and layer" in run.log
-    assert_same_answers(run.rounds[0], generate_fp8(folder, prompts(), MAX_TOKENS), tolerance=FP8_TOLERANCE)
+    run = engine(folder, [prompts()], kv_cache_dtype=name, **GRAPHS)
+    assert f"{name} cache, {row} bytes a token and layer" in run.log
+    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=rounded)
+    assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
+
+
+def test_tile_scaled_rows_are_those_of_vllms_kernels():
+    """Each reads what the other wrote. Bytes are the same where vLLM's scales are powers of two, as they are since its
+    pull request 49435; before it wrote the quotients themselves."""
+    from vllm import _custom_ops as ops
+
+    from mla_kernels.cache import triton_gather, triton_write
+
+    tokens, device = 200, "cuda"
+    rows = torch.randn(tokens, 576, generator=torch.Generator().manual_seed(0))
+    rows = (rows * torch.logspace(-4, 3, tokens)[:, None]).bfloat16().to(device)
+    rows[7] = 0
+    latent, rope = rows[:, :512].contiguous(), rows[:, 512:].contiguous()
+    slots = torch.arange(tokens, device=device)
+    ours, theirs = (torch.zeros(4, 64, 656, dtype=torch.uint8, device=device) for _ in range(2))
+    triton_write.run(latent, rope, ours, slots)
+    ops.concat_and_cache_mla(latent, rope, theirs, slots, "fp8_ds_mla", torch.ones(1, device=device))
+    table = torch.arange(4, dtype=torch.int32, device=device)[None]
+    starts, bounds = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0], [0, tokens]))
+    for cache in (ours, theirs):
+        read, upconverted = torch.empty_like(rows), torch.empty_like(rows)
+        triton_gather.run(cache, table, starts, bounds, read, max_key_len=tokens)
+        ops.cp_gather_and_upconvert_fp8_kv_cache(cache, upconverted, table, bounds, 1, starts)
+        assert torch.equal(read, upconverted)
+        assert (read - rows).abs().max() <= rows.abs().max() / 16
+    scales = theirs.flatten(0, 1)[:tokens, 512:528].contiguous().view(torch.float32)
+    if (scales.frexp().mantissa == 0.5).all():
+        assert torch.equal(ours, theirs)
 
 
 def test_ngram_speculation_with_cuda_graphs(engine, checkpoints, oracle):

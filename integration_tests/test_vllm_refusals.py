@@ -53,17 +53,10 @@ def test_every_reason_at_once(engine, checkpoints):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("fp8_e5m2", "got fp8_e5m2 (values of another format, with a bit less); name one of them"),
-        ("fp8_ds_mla", "got fp8_ds_mla (rows of 656 bytes with a scale for each 128 values, for sparse MLA); name one"),
-    ],
-)
-def test_other_fp8_caches(engine, checkpoints, name, reason):
-    failed = engine(checkpoints(), [PROMPT], fails=True, kv_cache_dtype=name)
-    assert "takes --kv-cache-dtype auto, float16, bfloat16, fp8, fp8_e4m3, " in failed.log
-    assert reason in failed.log
+def test_other_fp8_caches(engine, checkpoints):
+    failed = engine(checkpoints(), [PROMPT], fails=True, kv_cache_dtype="fp8_e5m2")
+    assert "takes --kv-cache-dtype auto, float16, bfloat16, fp8, fp8_e4m3, fp8_ds_mla, got " in failed.log
+    assert "got fp8_e5m2 (values of another format, with a bit less); name one of them" in failed.log
 
 
 def test_queries_in_fp8(engine, checkpoints):

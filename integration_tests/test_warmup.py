@@ -25,6 +25,7 @@ def lines(device: str, *options: str, **changes) -> list[dict]:
 
 SPECULATION = {"uniform": [1, 2, 3, 4], "ragged": [4]}
 FP8 = {"cache_dtype": "float8_e4m3fn"}
+TILE_SCALED = {"cache_dtype": "uint8"}
 SPLITS = {"split_tokens": 256, "tiled": [4]}
 
 
@@ -42,10 +43,12 @@ SPLITS = {"split_tokens": 256, "tiled": [4]}
         ("A100", {"heads": 5, **SPECULATION}),
         ("A100", {"latent": 256, "rope": 32, "heads": 40}),
         ("RTX 3090", {"page_size": 16, **FP8}),
+        ("H200", {**TILE_SCALED, "max_requests": 140, **SPECULATION}),
         ("H200", SPLITS),
         ("H200", {"heads": 5, "page_size": 1, "max_requests": 20, **SPECULATION, **SPLITS}),
         ("H200", {**FP8, **SPLITS}),
         ("A100", {"heads": 5, "max_requests": 20, **SPECULATION, **SPLITS}),
+        ("RTX 3090", {"page_size": 16, "max_requests": 20, **TILE_SCALED, **SPLITS}),
     ],
 )
 def test_no_batch_compiles_anything_after_the_warm_up(device, changes):

@@ -4,15 +4,78 @@ A row holds one token of one layer: `kv_lora_rank` latent values, then `qk_rope_
 shared by all heads. A page is `page_size` consecutive rows; pages of one layer lie `page_stride` elements
 apart, which may be more than a page when an engine interleaves layers.
 
+In one format, `fp8_ds_mla`, a row is bytes of three kinds; `PackedRow` says where each lies.
+
 MLA makes a row small, not constant: the cache still grows linearly with the number of tokens.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from mla_kernels.geometry import MLAGeometry
+
+TILE = 128  # latent values of a packed row that share a scale
+LEAST_SCALE = 1e-4  # of a packed row's tile, before it is rounded up to a power of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Bytes of a tile-scaled row: `latent` e4m3 codes, a float32 scale for each tile of 128 of them, and `rope` values
+    in bfloat16, whatever dtype the model has.
+
+    For 512 + 64 that is FlashMLA's and vLLM's row of 656 bytes (FlashMLA, docstring of flash_mla_with_kvcache; vLLM,
+    v1/attention/backends/mla/flashmla_sparse.py). A code stands for its value times its tile's scale. Writers take the
+    smallest power of two that is max(amax / 448, LEAST_SCALE) or more (vLLM since its pull request 49435, FlashMLA's
+    tests/quant.py); readers take any scale, as older writers left them.
+    Raises ValueError for widths that give no such row.
+    """
+
+    latent: int
+    rope: int
+
+    def __post_init__(self) -> None:
+        if self.latent % TILE or self.rope % 2:  # an odd rope would leave the next row's scales across float32 words
+            raise ValueError(
+                f"a tile-scaled row needs a latent in multiples of {TILE} and an even rope, got {self.latent} and "
+                f"{self.rope}"
+            )
+
+    @property
+    def scales_at(self) -> int:
+        return self.latent
+
+    @property
+    def rope_at(self) -> int:
+        return self.latent + self.latent // TILE * torch.float32.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.rope_at + self.rope * torch.bfloat16.itemsize
+
+
+@cache
+def _packed_row(row_bytes: int, values: int) -> PackedRow:
+    latent = (values * torch.bfloat16.itemsize - row_bytes) * TILE // (TILE - torch.float32.itemsize)
+    row = PackedRow(latent=latent, rope=values - latent)
+    if row.bytes != row_bytes:
+        raise ValueError(f"no tile-scaled row of {row_bytes} bytes holds {values} values")
+    return row
+
+
+def packed_row(cache_AGK: torch.Tensor, values: int) -> PackedRow | None:
+    """The rows of a tile-scaled cache, which hold so many values each, latent and rope; None for any other cache.
+
+    Raises ValueError for bytes that are no such rows, and for rows whose scales lie across float32 words.
+    """
+    if cache_AGK.dtype != torch.uint8:
+        return None
+    apart = [cache_AGK.storage_offset(), *cache_AGK.stride()[:2]]
+    if any(distance % torch.float32.itemsize for distance in apart):
+        raise ValueError(f"tile-scaled pages and rows must lie at multiples of 4 bytes, got {apart}")
+    return _packed_row(cache_AGK.shape[2], values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,15 +85,26 @@ class CacheFormat:
     name: what users and logs call it.
     dtype: torch dtype of the cache tensor as kernels see it.
     scaled: a value x stands for x * cache_scale, with one factor for a whole layer.
+    packed: rows are bytes, as `PackedRow` says, and bring their own scales.
     """
 
     name: str
     dtype: torch.dtype
     scaled: bool = False
+    packed: bool = False
 
     def row_elements(self, geometry: MLAGeometry) -> int:
-        """Elements of `dtype` in one row."""
+        """Elements of `dtype` in one row. Raises ValueError for a geometry that the format cannot hold."""
+        if self.packed:
+            return PackedRow(latent=geometry.kv_lora_rank, rope=geometry.qk_rope_head_dim).bytes
         return geometry.latent_dim
+
+    def holds(self, geometry: MLAGeometry) -> bool:
+        """Whether there are such rows for a geometry."""
+        try:
+            return self.row_elements(geometry) > 0
+        except ValueError:
+            return False
 
 
 FORMATS = {
@@ -40,6 +114,7 @@ FORMATS = {
         CacheFormat(name="fp16", dtype=torch.float16),
         CacheFormat(name="fp32", dtype=torch.float32),
         CacheFormat(name="fp8", dtype=torch.float8_e4m3fn, scaled=True),
+        CacheFormat(name="fp8_ds_mla", dtype=torch.uint8, packed=True),
     )
 }
 
@@ -64,6 +139,7 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.page_size < 1:
             raise ValueError(f"page_size must be 1 token or more, got {self.page_size}")
+        self.format.row_elements(self.geometry)  # or a ValueError
 
     @property
     def row_elements(self) -> int:

@@ -8,6 +8,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
+PACKED = torch.uint8  # of a cache of tile-scaled rows: see cache_layout.PackedRow
 
 
 def refusals(device, *, cache: torch.dtype | None = None, **dtypes) -> list[str]:
@@ -20,8 +21,10 @@ def refusals(device, *, cache: torch.dtype | None = None, **dtypes) -> list[str]
     for what, dtype in dtypes.items():
         if dtype not in FLOATS:
             reasons.append(f"{what} must be float32, float16 or bfloat16, got {dtype}")
-    if cache not in (None, E4M3, *FLOATS):
-        reasons.append(f"cache must be float32, float16, bfloat16 or float8_e4m3fn, got {cache}")
+    if cache not in (None, E4M3, PACKED, *FLOATS):
+        reasons.append(
+            f"cache must be float32, float16, bfloat16, float8_e4m3fn or bytes of tile-scaled rows, got {cache}"
+        )
     return reasons
 
 
@@ -136,6 +139,18 @@ def from_cache(x, dtype: tl.constexpr):
         bits = tl.where(magnitude == 0x7F, 0x7E00, bits)  # NaN, the only code that is no number
         x = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
     return x.to(dtype)
+
+
+@triton.jit
+def load_tile_scales(row_ptr, tile, mask, L: tl.constexpr):
+    """Scales [T, tiles] of the tiles `tile` [1, tiles] of tile-scaled rows, whose bytes begin at `row_ptr` [T, 1]."""
+    return tl.load((row_ptr + L).to(tl.pointer_type(tl.float32)) + tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_packed_rope(row_ptr, r, mask, ROPE_AT: tl.constexpr):
+    """Rotary values r [1, R] of such rows, in bfloat16."""
+    return tl.load((row_ptr + ROPE_AT).to(tl.pointer_type(tl.bfloat16)) + r, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -14,9 +14,15 @@ Edges, decided here and nowhere else:
   * Query tokens are the last of their sequence: token i of m sees keys 0 .. seq_len - m + i.
   * In an fp8 cache (e4m3) a value x stands for x * cache_scale; no scale is 1. What is written is divided by the scale
     in float32 and rounded to nearest, ties to even; beyond the largest, 448, it becomes 448, and NaN stays NaN.
+  * In a tile-scaled cache (uint8, cache_layout.PackedRow) the latent is such values times the scale of their tile of
+    128, which writing chooses: the smallest power of two that is max(|largest| / 448, 1e-4) or more, where NaN counts
+    as 0 and infinity as the largest float32, so that neither takes the tile's other values along. Rotary values are
+    rounded to bfloat16. It has no `cache_scale`.
 """
 
 import torch
+
+from mla_kernels.cache_layout import LEAST_SCALE, TILE, packed_row
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -43,11 +49,22 @@ def _starts(query_start_B1, query_len: int, batch: int) -> list[int]:
     return query_start_B1.tolist()
 
 
-def _rows_of(cache_AGK, pages_M, first: int, last: int, acc: torch.dtype, cache_scale):
-    """What cache rows first .. last - 1 of a request stand for, [last - first, K], in dtype `acc`."""
+def values_of(cache_AGK, values: int, acc: torch.dtype):
+    """What cache rows stand for before any scale of their layer, `values` each, in dtype `acc`."""
+    row = packed_row(cache_AGK, values)
+    if row is None:
+        return cache_AGK.to(acc)
+    codes, scales, rope = cache_AGK.split([row.latent, row.rope_at - row.latent, row.bytes - row.rope_at], -1)
+    scale = scales.view(torch.float32).to(acc).repeat_interleave(TILE, -1)
+    return torch.cat([codes.view(torch.float8_e4m3fn).to(acc) * scale, rope.view(torch.bfloat16).to(acc)], -1)
+
+
+def _rows_of(cache_AGK, pages_M, first: int, last: int, values: int, acc: torch.dtype, cache_scale):
+    """What cache rows first .. last - 1 of a request stand for, [last - first, values], in dtype `acc`."""
     page_size = cache_AGK.shape[1]
     token = torch.arange(first, last, device=cache_AGK.device)
-    row_SK = cache_AGK[pages_M[token // page_size].long(), token % page_size].to(acc)
+    row_S1K = cache_AGK[pages_M[token // page_size].long(), token % page_size][:, None]
+    row_SK = values_of(row_S1K, values, acc)[:, 0]
     return row_SK if cache_scale is None else row_SK * cache_scale
 
 
@@ -58,6 +75,19 @@ def _stored(x, dtype: torch.dtype, cache_scale):
     x = x.float() if cache_scale is None else x.float() / cache_scale
     most = torch.finfo(dtype).max
     return x.clamp(-most, most).to(dtype)
+
+
+def _packed(latent_L, rope_R):
+    """Bytes of a tile-scaled row."""
+    codes, scales = [], []
+    for tile in latent_L.float().split(TILE):
+        least = tile.abs().nan_to_num(nan=0.0).max() / torch.finfo(torch.float8_e4m3fn).max
+        mantissa, exponent = torch.frexp(least.clamp(min=LEAST_SCALE))  # mantissa from 0.5 on, below 1
+        scale = torch.ldexp(torch.ones_like(least), exponent - (mantissa == 0.5).int())
+        codes.append(_stored(tile, torch.float8_e4m3fn, scale))
+        scales.append(scale[None])
+    parts = *codes, *scales, rope_R.to(torch.bfloat16)
+    return torch.cat([part.view(torch.uint8) for part in parts])
 
 
 def decode(
@@ -96,8 +126,8 @@ def decode(
         tokens = mine.stop - mine.start
         if seq_len == 0 or tokens == 0:
             continue
-        row_SNK = _rows_of(cache_AGK, block_table_BM[b], 0, seq_len, acc, cache_scale)[:, None]
         q_MNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1)
+        row_SNK = _rows_of(cache_AGK, block_table_BM[b], 0, seq_len, q_MNK.shape[-1], acc, cache_scale)[:, None]
         row_SNK = row_SNK.expand(-1, q_MNK.shape[1], -1)
         out_TNL[mine], lse_TN[mine] = _attend(q_MNK, row_SNK, row_SNK[..., :width], scale, seq_len - tokens)
     return out_TNL, lse_TN
@@ -159,6 +189,9 @@ def cache_write(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None
     for t, slot in enumerate(slots_T.tolist()):
         if 0 <= slot < pages * page_size:
             row = cache_AGK[slot // page_size, slot % page_size]
+            if row.dtype == torch.uint8:
+                row[:] = _packed(kv_latent_TL[t], k_rope_TR[t])
+                continue
             row[:width] = _stored(kv_latent_TL[t], row.dtype, cache_scale)
             row[width:] = _stored(k_rope_TR[t], row.dtype, cache_scale)
 
@@ -173,7 +206,7 @@ def cache_gather(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, m
     key_start = key_start_B1.tolist()
     for b, first in enumerate(starts_B.tolist()):
         count = key_start[b + 1] - key_start[b]
-        rows = _rows_of(cache_AGK, block_table_BM[b], first, first + count, acc, cache_scale)
+        rows = _rows_of(cache_AGK, block_table_BM[b], first, first + count, out_SK.shape[1], acc, cache_scale)
         out_SK[key_start[b] : key_start[b + 1]] = rows.to(out_SK.dtype)
     return out_SK
 

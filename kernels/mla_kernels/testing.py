@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_kernels import reference
+from mla_kernels.cache_layout import PackedRow
 from mla_kernels.geometry import MLAGeometry
 
 IMPOSSIBLE_PAGE = 2_000_000_000
@@ -98,14 +99,19 @@ class PagedCase:
     arrays: tuple[torch.Tensor, ...]  # q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B
     options: dict
 
+    def _doubles(self):
+        """The arrays with every number in float64, those of the cache less the scale of its layer."""
+        q_latent, q_rope, cache, *rest = self.arrays
+        rows = reference.values_of(cache, self.geometry.latent_dim, torch.float64)
+        return q_latent.double(), q_rope.double(), rows, *rest
+
     def reference(self):
         """Expected (out_TNL, lse_TN) in float64."""
-        q_latent, q_rope, cache, *rest = self.arrays
-        return reference.decode(q_latent.double(), q_rope.double(), cache.double(), *rest, **self.options)
+        return reference.decode(*self._doubles(), **self.options)
 
     def magnitude(self):
         """Sum of |weight * value| behind each element of the output, [T, N, L], in float64."""
-        q_latent, q_rope, cache, *rest = (x.double() if x.is_floating_point() else x for x in self.arrays)
+        q_latent, q_rope, cache, *rest = self._doubles()
         # Rows [|c|, c, r] and queries [0, q, q_r]: the scores are the same, the values are absolute.
         rows = torch.cat([cache[..., : q_latent.shape[-1]].abs(), cache], -1)
         query = torch.cat([q_latent, q_rope], -1)
@@ -136,12 +142,25 @@ def _to(tensor, dtype, device):
     """Change dtype and device and keep the page stride (`.to` alone would make an expanded stride dense)."""
     if tensor.dim() == 3 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
         gap = tensor.stride(0) - tensor.shape[1] * tensor.shape[2]
-        storage = torch.full(
-            (tensor.shape[0], tensor.shape[1] * tensor.shape[2] + gap), torch.nan, dtype=dtype, device=device
-        )
+        shape = tensor.shape[0], tensor.shape[1] * tensor.shape[2] + gap
+        storage = torch.full(shape, torch.nan if dtype.is_floating_point else 0xFF, dtype=dtype, device=device)
         view = storage[:, : tensor.shape[1] * tensor.shape[2]].view(tensor.shape)
         return view.copy_(tensor)
     return tensor.to(device=device, dtype=dtype)
+
+
+def pack_cache(cache_AGK, geometry: MLAGeometry):
+    """A tile-scaled cache of these rows, with the same gap between pages in bytes. A row of NaN becomes bytes without a
+    0 in them, which is NaN in every part."""
+    pages, page_size, _ = cache_AGK.shape
+    gap = cache_AGK.stride(0) - page_size * geometry.latent_dim
+    row = PackedRow(latent=geometry.kv_lora_rank, rope=geometry.qk_rope_head_dim)
+    storage = torch.full((pages, page_size * row.bytes + gap), 0xFF, dtype=torch.uint8)
+    packed = storage[:, : page_size * row.bytes].view(pages, page_size, row.bytes)
+    rows = cache_AGK.flatten(0, 1)
+    slots = torch.arange(len(rows)).masked_fill(rows.isnan().all(-1), -1)
+    reference.cache_write(*rows.split([row.latent, row.rope], -1), packed, slots)
+    return packed
 
 
 def make_decode(
@@ -161,7 +180,8 @@ def make_decode(
     """Paged decode inputs that punish mistakes; see the top of this file.
 
     query_lens: the same number for every request, or one number each (ragged).
-    cache_dtype: that of the queries unless it is given.   cache_scale: what an fp8 cache is multiplied with.
+    cache_dtype: that of the queries unless it is given; torch.uint8 for tile-scaled rows.
+    cache_scale: what an fp8 cache is multiplied with.
     """
     g = _generator(seed)
     scale = geometry.softmax_scale
@@ -185,6 +205,8 @@ def make_decode(
     if ragged:
         starts = torch.tensor([0, *lens]).cumsum(0)
         options["query_start_B1"] = starts.to(device=device, dtype=torch.int32)
+    if cache_dtype == torch.uint8:
+        cache = pack_cache(cache, geometry)
     arrays = (
         q_latent.to(device=device, dtype=dtype),
         q_rope.to(device=device, dtype=dtype),

@@ -3,8 +3,18 @@
 import triton
 import triton.language as tl
 
-from mla_kernels.primitives import LN_2, dot, dot_operand, from_cache, load_scale
+from mla_kernels.cache_layout import TILE
+from mla_kernels.primitives import (
+    LN_2,
+    dot,
+    dot_operand,
+    from_cache,
+    load_packed_rope,
+    load_scale,
+    load_tile_scales,
+)
 
+_TILE = tl.constexpr(TILE)
 # In names: `row` = query token within the request * N + head. L latent, R rope, N heads.
 
 
@@ -21,16 +31,41 @@ def query_tokens(query_start_ptr, request, query_len, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def _load_latent(row_ptr, c, valid, dtype: tl.constexpr, L: tl.constexpr, BLOCK_T: tl.constexpr, PACKED: tl.constexpr):
+    """Latent values of cache rows as `dtype`, which no scale of a whole layer has multiplied yet."""
+    if PACKED:  # multiplied in float32: scales are any number. Tiles of a row are loaded apart: no tile is moved for it
+        tiles: tl.constexpr = L // _TILE
+        scale = load_tile_scales(row_ptr, tl.arange(0, tiles)[None, :], valid[:, None], L)
+        at = tl.arange(0, tiles)[None, :, None] * _TILE + tl.arange(0, _TILE)[None, None, :]
+        x = tl.load(row_ptr[:, :, None] + at, mask=valid[:, None, None], other=0)
+        x = tl.reshape((from_cache(x, tl.float32) * scale[:, :, None]).to(dtype), (BLOCK_T, L))
+    else:
+        x = from_cache(tl.load(row_ptr + c[None, :], mask=valid[:, None], other=0), dtype)
+    return x
+
+
+@triton.jit
+def _load_rope(row_ptr, r, mask, dtype: tl.constexpr, L: tl.constexpr, ROPE_AT: tl.constexpr):
+    """Rotary values of cache rows, likewise."""
+    if ROPE_AT > 0:
+        x = load_packed_rope(row_ptr, r[None, :], mask, ROPE_AT).to(dtype)
+    else:
+        x = from_cache(tl.load(row_ptr + (L + r)[None, :], mask=mask, other=0), dtype)
+    return x
+
+
+@triton.jit
 def answer(
     request, seq_len, piece, pieces, slot, rows_of_slot, row_tile, first_token, tokens, announced,
     q, cache, out, part, scale_log2,
     N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr, ROPE_AT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows over one piece of their request: the answer if there is one piece, else a partial one.
 
     slot: of the request's first partial answer; with SPLIT of this one, in slots of `rows_of_slot` rows.
     tokens: query tokens of the request, of which the first `announced` get answers.
+    ROPE_AT: bytes before the rotary key of a tile-scaled row; 0 if rows are values.
     SPLIT: tokens of a piece; 0 if pieces are nearly equal parts.
     """
     q_latent_ptr, q_rope_ptr, stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n = q
@@ -80,11 +115,11 @@ def answer(
                 block_table_ptr + request.to(tl.int64) * stride_table + position // PAGE, mask=valid, other=0
             )
         base = cache_ptr + (page.to(tl.int64) * stride_page + (position % PAGE) * stride_token)[:, None]
-        k_latent = from_cache(tl.load(base + c[None, :], mask=valid[:, None], other=0), q_latent.dtype)
+        k_latent = _load_latent(base, c, valid, q_latent.dtype, L, BLOCK_T, ROPE_AT > 0)
         score = dot(q_latent, tl.trans(k_latent), tl.zeros((BLOCK_M, BLOCK_T), tl.float32))
         if R > 0:
-            k_rope = tl.load(base + (L + r)[None, :], mask=valid[:, None] & (r[None, :] < R), other=0)
-            score = dot(q_rope, tl.trans(from_cache(k_rope, q_rope.dtype)), score)
+            k_rope = _load_rope(base, r, valid[:, None] & (r[None, :] < R), q_rope.dtype, L, ROPE_AT)
+            score = dot(q_rope, tl.trans(k_rope), score)
         score = tl.where(position[None, :] <= sees[:, None], score * scale_log2, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing: exp2(-inf - 0) = 0

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import mla_kernels.device
 from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, split_for
-from mla_kernels.testing import make_decode, make_pool, make_prefill, make_so_far
+from mla_kernels.testing import make_decode, make_pool, make_prefill, make_so_far, pack_cache
 
 GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
     "DeepSeek-V3 TP8": (16, 512, 128, 64, 128),
@@ -36,6 +36,7 @@ GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
     "MiniCPM3": (40, 256, 64, 32, 64),
     "NoPE": (64, 512, 256, 0, 256),
 }
+TILE_SCALED = ("DeepSeek-V3 TP8", "GLM-4.7-Flash")  # 512 + 64, as engines have them; query tiles of 16, 32 and 64 rows
 EVERY_VARIANT = "DeepSeek-V3 TP8"  # float16, float32 and every option are compiled for this one alone, to save time
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, "gfx942": 304}
 MAX_QUERY_LEN = 4
@@ -56,7 +57,7 @@ SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged, and with fixed splits their
 # tokens. Heads, pages, rope, dtype and ragged change the code: every value of each is here. Pages below 64 tokens take
 # several boxes for a block, those above begin inside one, and 1 and 48 are gathered row by row.
-BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+BF16, FP16, FP8, PACKED = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8
 GLUON_SM90 = (
     (16, 1, 64, 64, BF16),
     (16, 4, 64, 64, FP16),
@@ -183,7 +184,7 @@ def launch_ragged(run, case, accumulate: bool):
 
 def _pool(geometry, dtype):
     cache, table = make_pool([torch.zeros(20, geometry.latent_dim)], geometry.latent_dim, page_size=16, generator=None)
-    return cache.to(dtype), table
+    return pack_cache(cache, geometry) if dtype == PACKED else cache.to(dtype), table
 
 
 def _scaled(dtype, cache_dtype) -> dict:
@@ -356,6 +357,7 @@ def variants(operation: str, kernel: str):
         dtypes = [(one, one) for one in ((BF16, FP16, torch.float32) if every else (BF16,))]
         if "merge" not in kernel and operation != "prefill":  # those know nothing of the cache
             dtypes += [(one, FP8) for one, _ in dtypes]
+            dtypes += [(BF16, PACKED)] if name in TILE_SCALED else []
         for dtype, cache_dtype in dtypes:
             problem = problem_of(geometry, dtype, 16, cache_dtype)
             yield name, problem, partial(launch, geometry=geometry, dtype=dtype, cache_dtype=cache_dtype, every=every)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_kernels import MLAGeometry, reference
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_pool
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_pool, pack_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Sequence:
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """A kernel's `run` with what is the same in every call. Each call gets a new pool, whose pages lie in another
-    order and hold NaN where no request of the call has a row."""
+    order and hold NaN where no request of the call has a row. packed: rows are tile-scaled."""
 
     run: Callable
     geometry: MLAGeometry
@@ -29,6 +29,7 @@ class Decoder:
     split_tokens: int | None
     page_size: int = 16
     workspace: tuple | None = None
+    packed: bool = False
 
     def sequence(self, tokens: int, seed: int) -> Sequence:
         """Half of the queries look at one key, the others at all."""
@@ -45,6 +46,7 @@ class Decoder:
         g = torch.Generator().manual_seed(len(members) + first_end[0][0])
         rows = [sequence.row_SK[:end] for sequence, _, end in members]
         cache, table = make_pool(rows, self.geometry.latent_dim, page_size=self.page_size, generator=g)
+        cache = pack_cache(cache, self.geometry) if self.packed else cache.to(self.dtype)
         q = torch.cat([sequence.q_SNK[first:end] for sequence, first, end in members])
         lens = [end - first for first, end in first_end]
         options = {"scale": self.geometry.softmax_scale, "query_len": max(lens)}
@@ -52,7 +54,7 @@ class Decoder:
             options["query_start_B1"] = self._put(torch.tensor([0, *lens]).cumsum(0).int())
         q_parts = self._put(q.to(self.dtype)).split([self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim], -1)
         seq_lens = self._put(torch.tensor([end for _, end in first_end], dtype=torch.int32))
-        arrays = (*q_parts, self._put(cache.to(self.dtype)), self._put(table), seq_lens)
+        arrays = (*q_parts, self._put(cache), self._put(table), seq_lens)
         out, lse = self.run(*arrays, **options, split_tokens=self.split_tokens, workspace=self.workspace)
         return list(zip(out.split(lens), lse.split(lens), strict=True))
 
@@ -68,7 +70,8 @@ class Decoder:
 
 
 def _exact(q_latent, q_rope, cache, *rest, workspace, **options):
-    return reference.decode(q_latent.double(), q_rope.double(), cache.double(), *rest, **options)
+    cache = reference.values_of(cache, q_latent.shape[-1] + q_rope.shape[-1], torch.float64)
+    return reference.decode(q_latent.double(), q_rope.double(), cache, *rest, **options)
 
 
 def ways(decode: Decoder, tokens: int, positions: list[int]) -> Iterator[tuple[str, int, tuple]]:

@@ -31,9 +31,10 @@ TOO_MANY_ROWS = {"num_heads": 128, "max_query_len": 67}
     ("problem", "device", "reasons"),
     [
         *((problem_for(), device, reasons) for device, reasons in NOT_HOPPER),
-        (problem_for(dtype=torch.float32), H200, [f"{DTYPES} torch.float32 and torch.float32"]),
-        (problem_for(cache=torch.float8_e4m3fn), H200, [f"{DTYPES} torch.bfloat16 and torch.float8_e4m3fn"]),
-        (problem_for(cache=torch.float16), H200, [f"{DTYPES} torch.bfloat16 and torch.float16"]),
+        (problem_for(dtype=torch.float32), H200, [f"{DTYPES} torch.float32 queries and fp32 cache"]),
+        (problem_for(cache=torch.uint8), H200, [f"{DTYPES} torch.bfloat16 queries and fp8_ds_mla cache"]),
+        (problem_for(cache=torch.float8_e4m3fn), H200, [f"{DTYPES} torch.bfloat16 queries and fp8 cache"]),
+        (problem_for(cache=torch.float16), H200, [f"{DTYPES} torch.bfloat16 queries and fp16 cache"]),
         (problem_for(kv_lora_rank=256), H200, ["needs latent 512 + rope 64 or 0, got 256 + 64"]),
         (problem_for(qk_rope_head_dim=32), H200, ["needs latent 512 + rope 64 or 0, got 512 + 32"]),
         (problem_for(**TOO_MANY_ROWS), H200, ["needs heads x query tokens of 8448 or less, got 8576"]),
@@ -48,7 +49,7 @@ def test_refusals_come_all_at_once():
     problem = problem_for(dtype=torch.float32, kv_lora_rank=256, **TOO_MANY_ROWS)
     assert KERNEL.unsupported(problem, replace(H200, arch=80)) == [
         "needs sm_90, got NVIDIA H200 sm_80",
-        f"{DTYPES} torch.float32 and torch.float32",
+        f"{DTYPES} torch.float32 queries and fp32 cache",
         "needs latent 512 + rope 64 or 0, got 256 + 64",
         "needs heads x query tokens of 8448 or less, got 8576",
     ]

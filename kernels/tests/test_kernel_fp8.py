@@ -1,12 +1,11 @@
 """The fp8 cache (e4m3): every code and every way to round, bit by bit, and decode over it."""
 
-import bisect
 import math
-import struct
 from functools import partial
 
 import pytest
 import torch
+from plain_fp8 import SIZES, code_of, float32_at, value_of
 
 from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, reference, select
 from mla_kernels.device import device_of, interpreting
@@ -19,41 +18,10 @@ E4M3 = torch.float8_e4m3fn
 SCALES = (None, 0.037, 4.0)
 
 
-# e4m3 in plain Python, from its definition (OCP 8-bit floating point specification, revision 1.0, section 5).
-
-
-def value_of(code: int) -> float:
-    exponent, mantissa = code >> 3 & 15, code & 7
-    if code & 0x7F == 0x7F:
-        return math.nan
-    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
-    return math.copysign(size, -1 if code & 0x80 else 1)
-
-
-SIZES = [value_of(code) for code in range(0x7F)]
-
-
-def code_of(x: float) -> int:
-    """The nearest code, the even one of two as near, 448 for what is larger; the sign stays, but not of NaN."""
-    sign = 0x80 if math.copysign(1, x) < 0 else 0
-    if math.isnan(x):
-        return 0x7F
-    size = min(abs(x), 448.0)
-    below = bisect.bisect_right(SIZES, size) - 1
-    if SIZES[below] == size:
-        return sign | below
-    middle = (SIZES[below] + SIZES[below + 1]) / 2
-    return sign | (below + 1 if size > middle or (size == middle and below % 2) else below)
-
-
 def test_plain_python_knows_e4m3():
     """Numbers from the specification's table."""
     assert (SIZES[1], SIZES[7], SIZES[8], SIZES[0x7E]) == (2**-9, 0.875 * 2**-6, 2**-6, 448.0)
     assert [code_of(x) for x in (1.0, -1.0, 464.0, 2**-10, 3 * 2**-10)] == [0x38, 0xB8, 0x7E, 0, 2]
-
-
-def float32_at(bits: int) -> float:
-    return struct.unpack("f", struct.pack("I", bits))[0]
 
 
 def interesting() -> torch.Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_kernels import FORMATS, CacheLayout, MLAGeometry, expanded_bytes_per_token, format_of
+from mla_kernels.cache_layout import PackedRow, packed_row
 
 DEEPSEEK_V3 = MLAGeometry(num_heads=128, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
@@ -39,11 +40,35 @@ def test_impossible_geometry_names_every_wrong_number():
     assert "nope" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "row_bytes"), [("bf16", 1152), ("fp16", 1152), ("fp32", 2304), ("fp8", 576)])
+@pytest.mark.parametrize(
+    ("name", "row_bytes"), [("bf16", 1152), ("fp16", 1152), ("fp32", 2304), ("fp8", 576), ("fp8_ds_mla", 656)]
+)
 def test_deepseek_v3_bytes_a_token_and_layer(name, row_bytes):
     assert layout(name=name).row_bytes == row_bytes
     assert layout(64, name).page_bytes == 64 * row_bytes
-    assert layout(64, name).shape(10) == (10, 64, 576)
+    assert layout(64, name).shape(10) == (10, 64, 656 if name == "fp8_ds_mla" else 576)
+
+
+def test_bytes_of_a_tile_scaled_row():
+    """As vLLM's flashmla_sparse.py and FlashMLA document them: 512 codes, 4 scales, 64 bfloat16."""
+    row = PackedRow(latent=512, rope=64)
+    assert (row.scales_at, row.rope_at, row.bytes) == (512, 528, 656)
+    assert layout(64).row_bytes / layout(64, "fp8_ds_mla").row_bytes == pytest.approx(1.756, abs=5e-4)
+
+
+@pytest.mark.parametrize(("latent", "rope"), [(512, 64), (128, 0), (256, 32), (1024, 2)])
+def test_widths_of_a_tile_scaled_row_follow_from_its_bytes(latent, rope):
+    row = PackedRow(latent=latent, rope=rope)
+    assert packed_row(torch.empty(1, 1, row.bytes, dtype=torch.uint8), latent + rope) == row
+    assert packed_row(torch.empty(1, 1, row.bytes, dtype=torch.float8_e4m3fn), latent + rope) is None
+
+
+def test_widths_without_a_tile_scaled_row_are_refused():
+    odd = MLAGeometry(num_heads=1, kv_lora_rank=320, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64)
+    with pytest.raises(ValueError, match="multiples of 128 and an even rope, got 320 and 64"):
+        layout(name="fp8_ds_mla", geometry=odd)
+    assert not FORMATS["fp8_ds_mla"].holds(odd)
+    assert FORMATS["fp8"].holds(odd)
 
 
 def test_deepseek_v3_whole_model():

@@ -60,8 +60,9 @@ def _cache_write(selection: Selection, problem: Problem, where: str) -> None:
 
 def _cache_gather(selection: Selection, problem: Problem, where: str) -> None:
     layout = problem.layout
-    rows, *_ = _rows(problem, where, 2 * layout.page_size)
-    cache = rows.to(layout.format.dtype).view(layout.shape(2))
+    rows, latent, rope = _rows(problem, where, 2 * layout.page_size)
+    cache = torch.zeros(layout.shape(2), dtype=layout.format.dtype, device=where)
+    reference.cache_write(latent, rope, cache, torch.arange(len(rows)), **_scaled(problem, where))
     table = torch.tensor([[1, 0]], dtype=torch.int32, device=where)
     starts = torch.tensor([1], dtype=torch.int32, device=where)
     ends = torch.tensor([0, layout.page_size], dtype=torch.int32, device=where)

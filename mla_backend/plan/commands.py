@@ -55,7 +55,9 @@ def plan(
     gpu: Annotated[
         str, typer.Option(metavar="ARCH", help="Say which kernels run there: sm_90, sm_80, gfx942, cpu.")
     ] = "sm_90",
-    cache: Annotated[str, typer.Option(metavar="FORMAT", help="Of the cache there: bf16, fp16, fp32, fp8.")] = "bf16",
+    cache: Annotated[
+        str, typer.Option(metavar="FORMAT", help="Of the cache there: bf16, fp16, fp32, fp8, fp8_ds_mla.")
+    ] = "bf16",
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[pathlib.Path | None, typer.Option(metavar="FILE.png", dir_okay=False, help="Draw it.")] = None,
 ) -> None:

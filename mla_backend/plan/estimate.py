@@ -58,7 +58,7 @@ class Row:
 
 
 def rows(model: Model, gpus: Gpus, context: int) -> list[Row]:
-    """The latent in every format, then expanded heads in bf16: MHA, GQA with 8 groups, MQA.
+    """The latent in every format that holds it, then expanded heads in bf16: MHA, GQA with 8 groups, MQA.
 
     Tensor parallelism leaves the latent as it is on every rank; heads it divides, but no rank has less than one.
     Raises ValueError if it does not divide the model's heads.
@@ -66,7 +66,7 @@ def rows(model: Model, gpus: Gpus, context: int) -> list[Row]:
     if model.geometry.num_heads % gpus.tensor_parallel:
         raise ValueError(f"--tp must divide the model's {model.geometry.num_heads} heads, got {gpus.tensor_parallel}")
     made = []
-    for form in FORMATS.values():
+    for form in filter(lambda form: form.holds(model.geometry), FORMATS.values()):
         latent = CacheLayout(geometry=model.geometry, format=form, page_size=1).row_bytes * model.layers
         made.append(_row(f"MLA, {form.name}", latent, latent / gpus.context_parallel, gpus, context))
     heads = model.geometry.num_heads

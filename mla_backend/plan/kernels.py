@@ -25,7 +25,7 @@ def kernels(model: Model, architecture: str, tensor_parallel: int, cache: str = 
     form = FORMATS[cache]
     geometry = replace(model.geometry, num_heads=model.geometry.num_heads // tensor_parallel)
     layout = CacheLayout(geometry=geometry, format=form, page_size=PAGE)
-    problem = Problem(layout=layout, dtype=torch.bfloat16 if form.scaled else form.dtype)
+    problem = Problem(layout=layout, dtype=torch.bfloat16 if form.scaled or form.packed else form.dtype)
     device = device_called(architecture)
     config = MLABackendConfig.from_environment()
 

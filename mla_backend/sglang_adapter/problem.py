@@ -25,7 +25,8 @@ from mla_kernels import (
 SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
 ANY_KERNEL = MLABackendConfig()
 CACHE_OPTIONS = ("auto", "bfloat16", "fp8_e4m3")  # of --kv-cache-dtype
-CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values())
+# SGLang writes tile-scaled rows for sparse models only, and stores other formats in bytes, too.
+CACHE_DTYPES = tuple(cache_format.dtype for cache_format in FORMATS.values() if not cache_format.packed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,22 @@ from mla_backend.config import OPERATIONS, MLABackendConfig
 from mla_backend.models import family_of, geometry_of
 from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE, compat
+from mla_backend.vllm_adapter.compat import TILE_SCALED, TILE_SCALED_ROW, AskedForShapes
 from mla_backend.vllm_adapter.model_types import not_served_as_mla
-from mla_kernels import CacheLayout, MLAGeometry, Problem, UnsupportedMLA, device_of, format_of, select, split_for
+from mla_kernels import (
+    FORMATS,
+    CacheLayout,
+    MLAGeometry,
+    Problem,
+    UnsupportedMLA,
+    device_of,
+    format_of,
+    select,
+    split_for,
+)
 
-CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")  # of --kv-cache-dtype
-OTHER_FP8 = {
-    "fp8_e5m2": "values of another format, with a bit less",
-    "fp8_ds_mla": "rows of 656 bytes with a scale for each 128 values, for sparse MLA",
-}
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", TILE_SCALED)  # of --kv-cache-dtype
+OTHER_FP8 = {"fp8_e5m2": "values of another format, with a bit less"}
 PAGE_MULTIPLE = 16  # what vLLM's schedulers and connectors are used to; the kernels take any size
 
 
@@ -35,6 +43,7 @@ def cache_dtype_of(kv_cache_dtype: str | None, model_dtype: torch.dtype) -> torc
         )
     own = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     own |= dict.fromkeys(("fp8", "fp8_e4m3"), current_platform.fp8_dtype())
+    own[TILE_SCALED] = FORMATS[TILE_SCALED].dtype
     return own.get(kv_cache_dtype, model_dtype)
 
 
@@ -55,6 +64,12 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
     geometry = geometry or geometry_of(
         vllm_config.model_config.hf_text_config, tensor_parallel_size=parallel.tensor_parallel_size
     )
+    widths = geometry.kv_lora_rank, geometry.qk_rope_head_dim
+    if kv_cache_dtype == TILE_SCALED and widths != (TILE_SCALED_ROW.latent, TILE_SCALED_ROW.rope):
+        raise ValueError(
+            f"vLLM makes room for {TILE_SCALED} rows of latent {TILE_SCALED_ROW.latent} + rope {TILE_SCALED_ROW.rope} "
+            f"only, got {widths[0]} + {widths[1]}; take --kv-cache-dtype fp8, or leave the option out"
+        )
     layout = CacheLayout(
         geometry=geometry,
         format=format_of(cache_dtype_of(kv_cache_dtype, dtype)),
@@ -129,6 +144,11 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
             "with VLLM_BATCH_INVARIANT=1 mla_backend sends prefill through its decode, whose bits another prefill has "
             f"not; leave out -ac.mla_prefill_backend {other_prefill.name}"
         )
+    if kv_cache_dtype == TILE_SCALED and dtype != torch.bfloat16 and other_prefill and other_prefill.name != NAME:
+        reasons.append(
+            f"prefill of vLLM's own reads {TILE_SCALED} in bfloat16 only, got {dtype}; leave out "
+            f"-ac.mla_prefill_backend {other_prefill.name}, or take --dtype bfloat16"
+        )
     if page_size is not None and page_size % PAGE_MULTIPLE:
         reasons.append(f"mla_backend needs a --block-size that is a multiple of {PAGE_MULTIPLE}, got {page_size}")
     try:
@@ -149,7 +169,7 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
     return reasons
 
 
-class MLABackend(MLACommonBackend):
+class MLABackend(AskedForShapes, MLACommonBackend):
     """The attention backend that `--attention-backend CUSTOM` selects."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]

@@ -4,12 +4,17 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from packaging.version import Version
 
 from mla_backend.models import Family
 from mla_backend.steps import ContextChunk
+from mla_kernels import PackedRow
 
 FIRST, LAST = "0.26", "0.33"
+
+TILE_SCALED = "fp8_ds_mla"  # vLLM's name of that cache, and ours
+TILE_SCALED_ROW = PackedRow(latent=512, rope=64)  # the only row that vLLM has room for: it counts 656 bytes a token
 
 
 def warnings() -> Iterator[str]:
@@ -28,6 +33,27 @@ def warnings() -> Iterator[str]:
             "VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, so on this CPU `--attention-backend CUSTOM` "
             "will be ignored. Unset it: vLLM's CPU build finds its platform by itself."
         )
+
+
+class AskedForShapes:
+    """A backend that vLLM asks for the shape of its cache.
+
+    Why: until 0.28 vLLM knows only how many bytes a page has; since then it makes the tensor by itself.
+    Remove when: vLLM 0.28 is no longer served.
+    """
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
+        return num_blocks, block_size, TILE_SCALED_ROW.bytes if cache_dtype_str == TILE_SCALED else head_size
+
+
+def gather_buffer(workspace: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows for cached context in the dtype of the model.
+
+    Why: for an fp8_ds_mla cache vLLM's own buffer has bfloat16, whatever the model has, since its kernel writes that.
+    Remove when: that buffer has the model's dtype.
+    """
+    return workspace if workspace.dtype == dtype else torch.empty_like(workspace, dtype=dtype)
 
 
 def context_chunk_of_call(prefill, chunk, chunk_idx: int | None) -> ContextChunk:

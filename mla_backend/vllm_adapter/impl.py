@@ -165,7 +165,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         )
 
     def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The cache in its own dtype: vLLM hands over an fp8 cache as bytes where it is written."""
+        """The cache in its own dtype: vLLM hands over any fp8 cache as bytes where it is written."""
         return kv_cache.view(self.attention.problem.layout.format.dtype) if kv_cache.dtype == torch.uint8 else kv_cache
 
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata: MLAMetadata, layer):

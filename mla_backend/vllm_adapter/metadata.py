@@ -62,6 +62,7 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, MLAMetadata, supports_dcp_with_varlen=True)
+        self._gather_buffer_SK = compat.gather_buffer(self.chunked_prefill_workspace, vllm_config.model_config.dtype)
         self._most_untiled = self.reorder_batch_threshold
         self._shards = _shards_of(vllm_config.parallel_config)
         self._most_tokens = vllm_config.scheduler_config.max_num_seqs * self._most_untiled
@@ -169,7 +170,7 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             query_start_B1=metadata.prefill.query_start_loc,
             block_table_BM=metadata.prefill.block_table[:, :pages],
             seq_lens_B=batch.seq_lens[first : metadata.num_reqs],
-            gather_buffer_SK=self.chunked_prefill_workspace,
+            gather_buffer_SK=self._gather_buffer_SK,
             absorbs=self._impl.absorbs,
             sharing=self._sharing(),
         )

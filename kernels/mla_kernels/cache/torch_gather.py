@@ -2,10 +2,13 @@
 
 1. output row -> request, by repeating each request's number;
 2. output row -> token -> page and offset, through the block table;
-3. one indexed read copies all rows, converted to the dtype of the output, those of an fp8 cache times its scale.
+3. one indexed read copies all rows, converted to the dtype of the output, those of an fp8 cache times its scale, or
+   those of their tiles.
 """
 
 import torch
+
+from mla_kernels.packed_rows import unpack
 
 # Shape suffixes: S output rows, B requests, A pages in the pool, G tokens a page, K values a row, M pages a request.
 
@@ -23,7 +26,9 @@ def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_le
     token_S = out_S - first_S[request_S] + starts_B[request_S]
     page_S = block_table_BM[request_S, token_S // page_size].long()
     rows_SK = cache_AGK[page_S, token_S % page_size]
-    if cache_scale is not None:
+    if rows_SK.dtype == torch.uint8:
+        rows_SK = unpack(rows_SK[None], out_SK.shape[1])[0]
+    elif cache_scale is not None:
         rows_SK = rows_SK.float() * cache_scale
     out_SK[out_S] = rows_SK.to(out_SK.dtype)
     return out_SK

@@ -1,11 +1,14 @@
 """Write new rows into the paged latent cache in plain torch, for CPU tensors.
 
 1. slots outside the pool are left out;
-2. latent and rotary key are joined and converted to the dtype of the cache, for fp8 divided by its scale before;
+2. latent and rotary key are joined and converted to the dtype of the cache, for fp8 divided by its scale before, and
+   for tile-scaled rows by those of their tiles, which are joined too;
 3. one indexed assignment stores all rows.
 """
 
 import torch
+
+from mla_kernels.packed_rows import e4m3, pack
 
 # Shape suffixes: T new tokens, A pages in the pool, G tokens a page, L latent, R rope, K = L + R.
 
@@ -14,11 +17,14 @@ def unsupported(problem, device) -> list[str]:
     return [] if device.kind == "cpu" else [f"runs on CPU tensors, got {device}"]
 
 
-def _to_e4m3(x, cache_scale):
-    """Saturates: a plain conversion makes NaN of what is too large, in some versions of PyTorch."""
-    most = torch.finfo(torch.float8_e4m3fn).max
-    x = x.float() if cache_scale is None else x.float() / cache_scale
-    return x.clamp(-most, most).to(torch.float8_e4m3fn)
+def _rows(latent_TL, rope_TR, dtype, cache_scale):
+    """New rows as a cache of `dtype` holds them."""
+    if dtype == torch.uint8:
+        return pack(latent_TL, rope_TR)
+    rows_TK = torch.cat([latent_TL, rope_TR], -1)
+    if dtype != torch.float8_e4m3fn:
+        return rows_TK.to(dtype)
+    return e4m3(rows_TK.float() if cache_scale is None else rows_TK.float() / cache_scale)
 
 
 def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
@@ -26,6 +32,5 @@ def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     pages, page_size, _ = cache_AGK.shape
     wanted = ((slots_T >= 0) & (slots_T < pages * page_size)).nonzero().flatten()
     slots = slots_T[wanted].long()
-    rows = torch.cat([kv_latent_TL[wanted], k_rope_TR[wanted]], -1)
-    rows = _to_e4m3(rows, cache_scale) if cache_AGK.dtype == torch.float8_e4m3fn else rows.to(cache_AGK.dtype)
+    rows = _rows(kv_latent_TL[wanted], k_rope_TR[wanted], cache_AGK.dtype, cache_scale)
     cache_AGK[slots // page_size, slots % page_size] = rows

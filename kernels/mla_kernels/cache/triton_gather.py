@@ -3,19 +3,28 @@
 One program for a few tokens of a request:
   1. find their pages in the block table; tokens past the request's last are skipped;
   2. copy their rows, a block of columns at a time, converted to the dtype of the output, those of an fp8 cache times
-     its scale.
+     its scale, and latent values of tile-scaled rows times that of their tile.
 """
 
 import triton
 import triton.language as tl
 
+from mla_kernels.cache_layout import TILE, packed_row
 from mla_kernels.device import Device
-from mla_kernels.primitives import as_codes, from_cache, load_scale, refusals, require_adjacent
+from mla_kernels.primitives import (
+    as_codes,
+    from_cache,
+    load_packed_rope,
+    load_scale,
+    load_tile_scales,
+    refusals,
+    require_adjacent,
+)
 
 # Shape suffixes: S output rows, B requests, A pages in the pool, G tokens a page, K values a row, M pages a request.
 
 _TOKENS = 16
-_COLUMNS = 128
+_COLUMNS = TILE
 
 
 def unsupported(problem, device: Device) -> list[str]:
@@ -30,7 +39,10 @@ def _gather_kernel(
     cache_ptr, block_table_ptr, starts_ptr, key_start_ptr, scale_ptr, out_ptr,
     stride_page, stride_row, stride_table, stride_out,
     K: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROPE_AT: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
+    """K: values of a row; of a tile-scaled one the latent alone, behind which are ROPE_AT - K bytes of scales and R
+    rotary values. ROPE_AT is 0 if rows are values."""
     request = tl.program_id(1)
     first_out = tl.load(key_start_ptr + request)
     count = tl.load(key_start_ptr + request + 1) - first_out
@@ -44,8 +56,15 @@ def _gather_kernel(
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(row_ptr + k, mask=real[:, None] & (k < K), other=0)
-        x = from_cache(x, tl.float32) * scale
+        if ROPE_AT > 0:
+            x = from_cache(x, tl.float32) * load_tile_scales(row_ptr, first // BLOCK_K, real[:, None], K)
+        else:
+            x = from_cache(x, tl.float32) * scale
         tl.store(out_ptr + k, x.to(out_ptr.dtype.element_ty), mask=real[:, None] & (k < K))
+    if ROPE_AT > 0 and R > 0:
+        r = tl.arange(0, R_PAD)[None, :]
+        x = load_packed_rope(row_ptr, r, real[:, None] & (r < R), ROPE_AT)
+        tl.store(out_ptr + K + r, x.to(out_ptr.dtype.element_ty), mask=real[:, None] & (r < R))
 
 
 def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len, cache_scale=None):
@@ -54,9 +73,13 @@ def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_le
     B = len(starts_B)
     if max_key_len == 0 or B == 0:
         return out_SK
+    K = out_SK.shape[1]
+    row = packed_row(cache_AGK, K)
+    values, rope_at, rope = (row.latent, row.rope_at, row.rope) if row else (K, 0, 0)
     _gather_kernel[(triton.cdiv(max_key_len, _TOKENS), B)](
         as_codes(cache_AGK), block_table_BM, starts_B, key_start_B1, cache_scale, out_SK,
         cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), out_SK.stride(0),
-        K=cache_AGK.shape[2], PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS, num_warps=4,
+        K=values, PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS,
+        ROPE_AT=rope_at, R=rope, R_PAD=triton.next_power_of_2(max(rope, 1)), num_warps=4,
     )  # fmt: skip
     return out_SK

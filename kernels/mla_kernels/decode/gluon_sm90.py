@@ -125,7 +125,7 @@ def unsupported(problem, device: Device) -> list[str]:
     reasons = device_refusals(device)
     geometry, layout = problem.geometry, problem.layout
     if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype != problem.dtype:
-        got = f"{problem.dtype} and {layout.format.dtype}"
+        got = f"{problem.dtype} queries and {layout.format.name} cache"
         reasons.append(f"queries and cache must both be bfloat16 or both float16, got {got}")
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")

@@ -1,13 +1,15 @@
 """Absorbed decode over the paged latent cache in plain torch, for CPU tensors.
 
 For each request:
-  1. its pages are copied side by side, as float32, those of an fp8 cache times its scale;
+  1. its pages are copied side by side, as float32, those of an fp8 cache times its scale, or those of its tiles;
   2. all its query tokens and heads are rows of one product with them, followed by a softmax;
   3. the latent part of the same rows is what the weights sum up.
 With `split_tokens` each query token is by itself: a matrix product of other dimensions may have other bits.
 """
 
 import torch
+
+from mla_kernels.packed_rows import unpack
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S cached tokens of a request.
@@ -20,6 +22,11 @@ def unsupported(problem, device) -> list[str]:
 def workspace(problem, device, *, max_requests: int) -> tuple:
     """(shape, dtype) of the scratch tensors that `run` takes: none."""
     return ()
+
+
+def _rows(page_MGK, values: int):
+    """Rows of pages one after the other, as values."""
+    return (unpack(page_MGK, values) if page_MGK.dtype == torch.uint8 else page_MGK).flatten(0, 1)
 
 
 def _attend(q_TNK, row_SK, width: int, scale: float):
@@ -98,7 +105,7 @@ def run(
 ):
     """Same contract as reference.decode."""
     tokens, width, batch = len(q_latent_TNL), q_latent_TNL.shape[-1], len(seq_lens_B)
-    page_size, row_elements = cache_AGK.shape[1:]
+    page_size = cache_AGK.shape[1]
     if query_start_B1 is not None:
         start = query_start_B1.tolist()
     elif tokens == batch * query_len:
@@ -117,10 +124,10 @@ def run(
         if seq_len == 0 or mine.start == mine.stop:
             continue
         pages = block_table_BM[b, : -(-seq_len // page_size)].long()
-        row_SK = cache_AGK[pages].view(-1, row_elements)[:seq_len].to(acc)
+        q_TNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1).to(acc)
+        row_SK = _rows(cache_AGK[pages], q_TNK.shape[-1])[:seq_len].to(acc)
         if cache_scale is not None:
             row_SK *= cache_scale
-        q_TNK = torch.cat([q_latent_TNL[mine], q_rope_TNR[mine]], -1).to(acc)
         if split_tokens is None:
             out_TNL[mine], lse_TN[mine] = _attend(q_TNK, row_SK, width, scale)
         else:

@@ -1,9 +1,9 @@
 """Split-KV absorbed decode in Triton: any GPU that Triton supports, and its CPU interpreter.
 
 All query tokens and heads of a request are rows of one tile, so its cache is read once a request; values are the
-latent part of the key tile already loaded, in the dtype of the queries if the cache is fp8. Requests are cut into
-pieces of nearly equal length from the sequence lengths *on the device*: a captured graph adapts to every batch, and
-scratch depends on the GPU alone.
+latent part of the key tile already loaded, in the dtype of the queries if the cache is fp8, and times their tile's
+scale if it is tile-scaled. Requests are cut into pieces of nearly equal length from the sequence lengths *on the
+device*: a captured graph adapts to every batch, and scratch depends on the GPU alone.
   1. Each program finds its piece, runs an online softmax over it, and writes the answer, or a partial one if the
      request was cut.
   2. Each program of a second kernel merges the partial answers of a query row by their log-sum-exp.
@@ -16,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
 from mla_kernels.primitives import (
     E4M3,
     LN_2,
     LOG2_E,
+    PACKED,
     as_codes,
     decode_outputs,
     reaching_all,
@@ -34,15 +36,14 @@ from mla_kernels.triton_piece import answer, query_tokens
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S pieces. In kernels: `row` = query token within the request * N + head.
 
+_CODES = (E4M3, PACKED)  # dtypes of caches whose values are converted before they are multiplied
 _MERGE_PROGRAMS, _MERGE_COLUMNS, _MERGE_VALUES = 512, 32, 2048  # programs wanted, columns at least, values at once
 
 
 def unsupported(problem, device: Device) -> list[str]:
     reasons = refusals(device, queries=problem.dtype, cache=problem.layout.format.dtype)
-    if problem.layout.format.dtype not in (problem.dtype, E4M3):
-        reasons.append(
-            f"cache must be float8_e4m3fn or as queries, got {problem.dtype} queries and {problem.layout.format.dtype}"
-        )
+    if problem.layout.format.dtype not in (problem.dtype, *_CODES):
+        reasons.append(f"cache must be fp8 or as queries, got {problem.dtype} queries and {problem.layout.format.name}")
     latent = problem.geometry.kv_lora_rank
     if latent & (latent - 1) or not 128 <= latent <= 512:
         reasons.append(f"kv_lora_rank must be a power of two from 128 to 512, got {latent}")
@@ -86,6 +87,7 @@ def _splitkv_kernel(
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
     N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, B_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
+    ROPE_AT: tl.constexpr,
 ):  # fmt: skip
     item, row_tile = tl.program_id(1), tl.program_id(0)
     request, seq_len, piece, pieces, slot, exists = _piece(seq_lens_ptr, item, batch, pieces_wanted, B_PAD, BLOCK_T)
@@ -103,7 +105,7 @@ def _splitkv_kernel(
         (q_latent_ptr, q_rope_ptr, stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n),
         (cache_ptr, block_table_ptr, cache_scale_ptr, stride_page, stride_token, stride_table),
         (out_ptr, lse_ptr, stride_out_t, stride_out_n, stride_lse_t, stride_lse_n),
-        (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, 0,
+        (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, ROPE_AT, 0,
     )  # fmt: skip
 
 
@@ -118,7 +120,7 @@ def _fixed_splits_kernel(
     stride_out_t, stride_out_n, stride_lse_t, stride_lse_n,
     N: tl.constexpr, L: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, B_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, UPCAST: tl.constexpr,
-    SPLIT: tl.constexpr,
+    ROPE_AT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Programs share the splits of a turn: see splits.py."""
     row_tile, b = tl.program_id(0), tl.arange(0, B_PAD)
@@ -141,7 +143,7 @@ def _fixed_splits_kernel(
                 (q_latent_ptr, q_rope_ptr, stride_ql_t, stride_ql_n, stride_qr_t, stride_qr_n),
                 (cache_ptr, block_table_ptr, cache_scale_ptr, stride_page, stride_token, stride_table),
                 (out_ptr, lse_ptr, stride_out_t, stride_out_n, stride_lse_t, stride_lse_n),
-                (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, SPLIT,
+                (part_ptr, part_lse_ptr), scale_log2, N, L, R, R_PAD, PAGE, BLOCK_M, BLOCK_T, UPCAST, ROPE_AT, SPLIT,
             )  # fmt: skip
 
 
@@ -201,7 +203,7 @@ _SIZES = ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
 _SMALL_SHARED_BYTES = 128 << 10
 
 
-def _tile(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool = False) -> Tile:
+def _tile(rows: int, row_values: int, itemsize: int, device: Device, fp8: bool = False) -> Tile:
     """The first size whose staged cache rows and softmax weights fit in shared memory beside the query's rows.
 
     itemsize: of queries, and of cached values where they are multiplied.   fp8: cached values are converted before,
@@ -216,11 +218,11 @@ def _tile(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool
     # Hopper's matrix instructions read 64 rows from shared memory in every stage; older ones load the last into
     # registers.
     in_registers = 0 if block_m == 64 and device.kind == "cuda" and device.arch >= 90 else 1
-    free = device.shared_bytes - block_m * row_elements * itemsize
+    free = device.shared_bytes - block_m * row_values * itemsize
     sizes = _SIZES[2:] if fp8 else _SIZES if block_m == 16 else _SIZES[1:]
     for tokens, stages in sizes:
         staged_rows = tokens * max(1, stages - in_registers)
-        if (staged_rows * row_elements + block_m * tokens) * itemsize <= free:
+        if (staged_rows * row_values + block_m * tokens) * itemsize <= free:
             break
     warps, pieces_per_sm = (8, 1) if block_m == 64 or (fp8 and block_m == 32) else (4, 2)
     return Tile(block_m, tokens, warps, stages, pieces_per_sm)
@@ -232,8 +234,8 @@ def _row_tiles_and_pieces(rows: int, tile: Tile, device: Device) -> tuple[int, i
     return row_tiles, max(1, device.num_sms * tile.pieces_per_sm // row_tiles)
 
 
-def _scratch_rows(rows: int, row_elements: int, itemsize: int, device: Device, fp8: bool = False) -> int:
-    tile = _tile(rows, row_elements, itemsize, device, fp8)
+def _scratch_rows(rows: int, row_values: int, itemsize: int, device: Device, fp8: bool = False) -> int:
+    tile = _tile(rows, row_values, itemsize, device, fp8)
     row_tiles, pieces = _row_tiles_and_pieces(rows, tile, device)
     return 2 * pieces * row_tiles * tile.rows if pieces > 1 else 0  # one piece for the batch: no request is cut
 
@@ -250,7 +252,7 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
         return shapes(
             reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), layout.geometry.kv_lora_rank
         )
-    sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
+    sizes = (problem.geometry.latent_dim, problem.dtype.itemsize, device, layout.format.dtype in _CODES)
     rows = max(_scratch_rows(min(rows, most), *sizes) for rows in (16, 32, 64, most))
     return _scratch_shapes(rows, problem.geometry.kv_lora_rank, max_requests)
 
@@ -286,8 +288,8 @@ def run(
         return out_TNL, lse_TN
 
     rows = query_len * N if split_tokens is None else N  # tiles of other heights may have other bits
-    sizes = (rows, cache_AGK.shape[2], q_latent_TNL.element_size(), device, cache_AGK.dtype == E4M3)
-    tile = _tile(*sizes)
+    sizes = (rows, L + R, q_latent_TNL.element_size(), device, cache_AGK.dtype in _CODES)
+    tile, packed = _tile(*sizes), packed_row(cache_AGK, L + R)
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
     inputs = (q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN)
     out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
@@ -299,7 +301,7 @@ def run(
     constants = common | {
         "R": R, "R_PAD": max(16, triton.next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B),
         "BLOCK_M": tile.rows, "BLOCK_T": tile.tokens, "UPCAST": device.interpreted,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "ROPE_AT": packed.rope_at if packed else 0, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     row_tiles, pieces = _row_tiles_and_pieces(query_len * N, tile, device)
     if split_tokens is None:
@@ -333,7 +335,7 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
     """(requests, query tokens of each) of calls that between them take every form that kernels have for up to
     `max_requests` requests of any of `query_lens` tokens."""
     layout, heads, latent = problem.layout, problem.geometry.num_heads, problem.geometry.kv_lora_rank
-    sizes = (layout.row_elements, problem.dtype.itemsize, device, layout.format.dtype == E4M3)
+    sizes = (problem.geometry.latent_dim, problem.dtype.itemsize, device, layout.format.dtype in _CODES)
 
     def forms(requests, query_len):
         rows = query_len * heads
