@@ -113,4 +113,4 @@ def test_mla_beside_ordinary_attention(engine, checkpoints, oracle, tmp_path):
         assert_same_answers(answers, oracle(folder, batch))
     assert run.rounds[1][-1]["cached"] == 64
     assert run.metrics["vllm:spec_decode_num_drafts"] > 0
-    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write", "cache_gather", "merge"}
+    assert {name.split(":")[0] for name in run.calls} == {"decode", "prefill", "cache_write"}
