@@ -76,10 +76,13 @@ def test_decode_step_of_a_rank_that_shares_the_cache(builder, query_start, token
         assert getattr(again, name).data_ptr() == getattr(step, name).data_ptr(), "a captured graph reads there"
 
 
-def test_single_tokens_of_a_rank_go_as_vllm_hands_them_over(builder):
-    """Its lengths are this rank's already, at an address of vLLM's that stays."""
+def test_lengths_of_a_rank_follow_from_those_of_all(builder):
+    """vLLM's own count drafts that were not taken (9 here). Its tensor is corrected in place: a captured graph reads
+    there, and so does what merges the ranks' answers."""
     builder._shards = Shards(ranks=2, rank=1)
-    assert decode_step(builder, [0, 1, 2, 3], 3, all_seq_lens=[18, 17, 19]).seq_lens_B.tolist() == [9, 9, 9]
+    step = decode_step(builder, [0, 1, 2, 3], 3, all_seq_lens=[18, 17, 5])
+    assert step.seq_lens_B.tolist() == [9, 8, 2]
+    assert step.query_start_B1 is None
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ SPLITS = {"split_tokens": 256, "tiled": [4]}
         ("A100", {"latent": 256, "rope": 32, "heads": 40}),
         ("RTX 3090", {"page_size": 16, **FP8}),
         ("H200", {**TILE_SCALED, "max_requests": 140, **SPECULATION}),
+        ("H200", {"ragged": [], "tiled": [4]}),
+        ("A100", {"heads": 5, "ragged": [], "tiled": [12], "max_requests": 20, **FP8}),
         ("H200", SPLITS),
         ("H200", {"heads": 5, "page_size": 1, "max_requests": 20, **SPECULATION, **SPLITS}),
         ("H200", {**FP8, **SPLITS}),

@@ -123,7 +123,30 @@ class Server:
         lens.append(max(1, (tiles - 1) * tokens_of_tile - self._rng.randrange(tokens_of_tile)))
         table_BM = self._ints(2, self._rng.randrange(1, 40))
         step = tile_queries(lens, table_BM, self._ints(2), tokens_of_tile=tokens_of_tile)
-        self._attend_latent(sum(lens), step)
+        if self.spec["split_tokens"]:  # then the engine makes all queries latent, and prefill comes as decode
+            self._attend_latent(sum(lens), step)
+        else:
+            self._extend(sum(lens), step)
+
+    def _extend(self, tokens: int, step) -> None:
+        geometry = self.geometry
+        heads, nope, latent, v = (
+            geometry.num_heads,
+            geometry.qk_nope_head_dim,
+            geometry.kv_lora_rank,
+            geometry.v_head_dim,
+        )
+        decoded = self._rng.randrange(9)  # tokens before those of the prefill in the engine's batch
+        self.attention.extend(
+            torch.zeros(decoded + tokens, heads, geometry.qk_head_dim, dtype=self.dtype)[decoded:],
+            self.cache_AGK,
+            step,
+            w_k_NPL=torch.zeros(heads, nope, latent, dtype=self.dtype),
+            w_v_NLV=torch.zeros(heads, latent, v, dtype=self.dtype),
+            out_TNV=torch.zeros(decoded + tokens, heads, v, dtype=self.dtype)[decoded:],
+            workspace=self.scratch,
+            cache_scale=self.cache_scale,
+        )
 
     def _attend_latent(self, tokens: int, step) -> None:
         options = {"workspace": self.scratch, "cache_scale": self.cache_scale}

@@ -323,11 +323,12 @@ def _share(start: list[int], rows: list[int], shards: Shards, device: torch.devi
         key_start_B1=key_start_B1,
         max_key_len=max(each),
         num_keys=key_start[-1],
-        order_S=order.to(device, non_blocking=True),
+        order_S=(order.pin_memory() if device.type == "cuda" else order).to(device, non_blocking=True),
     )
 
 
 def _on_device(*lists: list[int], device: torch.device) -> Sequence[torch.Tensor]:
     """Each list as int32, with one copy to the device for all."""
-    numbers = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32)
+    pinned = device.type == "cuda"  # else the copy waits for the device
+    numbers = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32, pin_memory=pinned)
     return numbers.to(device, non_blocking=True).split([len(numbers) for numbers in lists])

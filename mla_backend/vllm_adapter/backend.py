@@ -10,7 +10,8 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
 
-from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.attention import LAYER_OPERATIONS
+from mla_backend.config import MLABackendConfig
 from mla_backend.models import family_of, geometry_of
 from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import NAME, PREFERRED_PAGE, compat
@@ -76,17 +77,30 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
         page_size=page_size or vllm_config.cache_config.block_size or PREFERRED_PAGE,
     )
     most = max_decode_query_len(vllm_config.speculative_config)
-    if envs.VLLM_BATCH_INVARIANT or has_prefill(vllm_config.attention_config):
-        most = max(most, tile_tokens(geometry.num_heads))  # prefill in latent space comes in tiles
-    if not envs.VLLM_BATCH_INVARIANT:
-        return Problem(layout=layout, dtype=dtype, max_query_len=most)
-    return Problem(
-        layout=layout,
-        dtype=dtype,
-        max_query_len=most,
-        split_tokens=split_for(geometry),
-        max_seq_len=vllm_config.model_config.max_model_len,
-    )
+    most_tiled = max(most, tile_tokens(geometry.num_heads))  # prefill in latent space comes in tiles
+    if envs.VLLM_BATCH_INVARIANT:
+        return Problem(
+            layout=layout,
+            dtype=dtype,
+            max_query_len=most_tiled,
+            split_tokens=split_for(geometry),
+            max_seq_len=vllm_config.model_config.max_model_len,
+        )
+    problem = Problem(layout=layout, dtype=dtype, max_query_len=most)
+    tiled = replace(problem, max_query_len=most_tiled)
+    return tiled if has_prefill(vllm_config.attention_config) and _is_decoded(tiled, vllm_config) else problem
+
+
+def _is_decoded(problem: Problem, vllm_config) -> bool:
+    """Whether the kernel that the user named for decode takes this; if none is named, there is one."""
+    kernel = MLABackendConfig.from_environment().kernel_for("decode")
+    try:
+        select("decode", problem, device_of(vllm_config.device_config.device_type), kernel=kernel)
+    except UnsupportedMLA:
+        return False
+    except ValueError:  # there is no such kernel: whoever selects for good says so
+        pass
+    return True
 
 
 def decode_problem(problem: Problem, ranks: int) -> Problem:
@@ -160,7 +174,7 @@ def refusals(vllm_config, *, dtype, kv_cache_dtype, page_size, use_mla: bool) ->
             f"vLLM's layers of {family.name} want prefill in fp8 beside an fp8 cache, and mla_backend multiplies in "
             f"the model's dtype; leave out --kv-cache-dtype {kv_cache_dtype}"
         )
-    for operation in OPERATIONS:
+    for operation in LAYER_OPERATIONS:
         try:
             wanted = decode_problem(problem, ranks) if operation == "decode" else problem
             select(operation, wanted, device, kernel=config.kernel_for(operation))

@@ -17,7 +17,13 @@ from mla_backend.config import MLABackendConfig
 from mla_backend.scratch import Scratch
 from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import compat, memory
-from mla_backend.vllm_adapter.backend import decode_problem, has_prefill, layer_geometry, make_problem
+from mla_backend.vllm_adapter.backend import (
+    decode_problem,
+    has_prefill,
+    layer_geometry,
+    make_problem,
+    max_decode_query_len,
+)
 from mla_backend.vllm_adapter.metadata import MLAMetadata
 from mla_backend.warmup import Traffic, warm_up
 from mla_kernels import Problem, device_of
@@ -66,7 +72,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         device = device_of(vllm_config.device_config.device)
         if device.kind == "cpu" and _ranks(vllm_config) > 1:
             compat.share_contexts_on_cpu()
-        self._max_requests, self._ranks = _most_decoded(vllm_config, problem), _ranks(vllm_config)
+        self._max_requests, self._ranks = _most_decoded(vllm_config), _ranks(vllm_config)
         config = MLABackendConfig.from_environment()
         self.attention = _attention(problem, device, config, self.scale, self._max_requests, self._ranks)
         self._scratch_shapes = tuple(self.attention.decode_workspace(self._max_requests))
@@ -108,9 +114,11 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         models_layer: whether the layer is one of the model's own in place of vLLM's, which hands over queries as one
             tensor and calls prefill itself.
         """
-        self._layer, self.absorbs = layer, hasattr(layer, "W_UK_T")
         problem, shared = self.attention.problem, self._ranks > 1
-        extends = self.own_prefill and not (shared or models_layer)
+        of_tile = tile_tokens(problem.geometry.num_heads)
+        # Model's own layers call vLLM's prefill. A kernel that the user named for decode may not take a tile.
+        extends = self.own_prefill and not (shared or models_layer) and problem.max_query_len >= of_tile
+        self._layer, self.absorbs = layer, extends and hasattr(layer, "W_UK_T")
         if extends and not self.absorbs:
             logger.info_once("mla_backend: vLLM keeps absorbed weights for AITER alone; all prefill is expanded")
         traffic = Traffic(
@@ -119,7 +127,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             uniform=(1,) if shared else range(1, most_query_tokens + 1),
             ragged=() if shared else (most_query_tokens,),
             joined=shared or models_layer,
-            tiled=(tile_tokens(problem.geometry.num_heads),) if problem.split_tokens or extends else (),
+            tiled=(of_tile,) if problem.split_tokens or self.absorbs else (),
         )
         if (self.attention, traffic) in self._ready:  # vLLM makes builders for its profile of CUDA graphs, too
             return
@@ -205,9 +213,9 @@ def _ranks(vllm_config) -> int:
     return vllm_config.parallel_config.decode_context_parallel_size
 
 
-def _most_decoded(vllm_config, problem: Problem) -> int:
+def _most_decoded(vllm_config) -> int:
     """Requests of a call of decode; where ranks share the cache every query token is one."""
-    tokens = problem.max_query_len if _ranks(vllm_config) > 1 else 1
+    tokens = max_decode_query_len(vllm_config.speculative_config) if _ranks(vllm_config) > 1 else 1
     return vllm_config.scheduler_config.max_num_seqs * tokens
 
 

@@ -65,7 +65,9 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         self._gather_buffer_SK = compat.gather_buffer(self.chunked_prefill_workspace, vllm_config.model_config.dtype)
         self._most_untiled = self.reorder_batch_threshold
         self._shards = _shards_of(vllm_config.parallel_config)
-        self._most_tokens = vllm_config.scheduler_config.max_num_seqs * self._most_untiled
+        # vLLM 0.29 counts tokens that pad a piecewise graph, too.
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._most_tokens = max(vllm_config.scheduler_config.max_num_seqs * self._most_untiled, captured)
         self._token_buffers = cache(self._make_token_buffers)
         if envs.VLLM_BATCH_INVARIANT:
             self.reorder_batch_threshold = vllm_config.scheduler_config.max_num_batched_tokens
@@ -74,16 +76,14 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             )
         # vLLM makes builders before it captures graphs or serves, and only now is the size of pages final.
         layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        models_layers = not isinstance(layers[0], MLAAttention)  # Kimi-Linear's, since 0.27
         for layer in layers:
             compat.refuse_adapters_of(layer.kv_b_proj)
             layer.impl.get_ready(
-                layer,
-                vllm_config,
-                kv_cache_spec.block_size,
-                self._most_untiled,
-                models_layer=not isinstance(layer, MLAAttention),  # Kimi-Linear's, since 0.27
+                layer, vllm_config, kv_cache_spec.block_size, self._most_untiled, models_layer=models_layers
             )
-        self._impl = layers[-1].impl  # all of them are alike
+        self._impl = layers[0].impl  # all of them are alike
+        self._plans_prefill = self._impl.own_prefill and not models_layers
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
@@ -107,6 +107,9 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
         # False also where vLLM counts padding tokens that no request owns (drafts of 0.28 and 0.29 in piecewise
         # graphs).
         uniform = longest * len(query_lens) == num_decode_tokens
+        if self._shards:
+            # vLLM's V1 runner counts drafts as accepted in its ranks' lengths, but not in those of all ranks.
+            seq_lens_device.copy_(self._shards.rows(dcp_tot_seq_lens_device))
         if self._shards and not (uniform and longest <= 1):
             step = self._token_step(
                 block_table_tensor, dcp_tot_seq_lens_device, query_start_loc_device, num_decode_tokens
@@ -153,7 +156,7 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> MLAMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if metadata.prefill is not None and self._impl.own_prefill:
+        if metadata.prefill is not None and self._plans_prefill:
             metadata.prefill_step, metadata.latent_step = self._plan_prefill(metadata, common_attn_metadata)
         return metadata
 
