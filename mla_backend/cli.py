@@ -14,7 +14,7 @@ def application():
     from mla_backend.plan.commands import plan
 
     app = typer.Typer(
-        help="Multi-Head Latent Attention for vLLM: what a machine would use, what fits, how fast it is.",
+        help="Multi-Head Latent Attention for vLLM and SGLang: what a machine would use, what fits, how fast it is.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -210,7 +210,7 @@ def attend(
 
 
 @gluon.jit
-def _zero_tail(buffer, valid):
+def zero_tail(buffer, valid):
     """Zero the rows of a [64, 256] buffer from `valid` on: no request owns them, and 0 * NaN is NaN."""
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, lay))
@@ -229,7 +229,7 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
     if (b + 1) * BLOCK > seq_len:
         for half in gl.static_range(2):
             mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
-            _zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
+            zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
         fence_async_shared()
         barrier()
     if GATHER:

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import barrier, cp_async, ring
-from mla_kernels.hopper_decode import LAZY, NOTHING
+from mla_kernels.hopper_decode import LAZY, NOTHING, zero_tail
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, piece
@@ -141,16 +141,6 @@ def attend(
 
 
 @gluon.jit
-def _zero_tail(buffer, valid):
-    """Zero the rows of a [64, 256] buffer from `valid` on: no request owns them, and 0 * NaN is NaN."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    row = gl.arange(0, 16, gl.SliceLayout(1, lay))
-    for u in gl.static_range(4):
-        part = buffer.slice(u * 16, 16, dim=0)
-        part.store(gl.where((u * 16 + row < valid)[:, None], part.load(lay), 0.0))
-
-
-@gluon.jit
 def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr):
     """Add values times block `b`'s weights to the accumulators of the two halves of the latent."""
     query_lay: gl.constexpr = gl.SliceLayout(0, acc0.type.layout)
@@ -160,7 +150,7 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
     if (b + 1) * BLOCK > seq_len:
         for half in gl.static_range(2):
             mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
-            _zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
+            zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
         fence_async_shared()
         barrier()
     if GATHER:

@@ -249,7 +249,7 @@ def _hide(s, first, sees):
 
 
 @gluon.jit
-def _zero_tail(buffer, valid, V: gl.constexpr, BLOCK: gl.constexpr):
+def _zero_tail(buffer, valid, BLOCK: gl.constexpr):
     """Zero the rows of a [BLOCK, V] buffer from `valid` on: they belong to nobody or to others, and 0 * NaN is NaN."""
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, lay))
@@ -368,7 +368,7 @@ def attend(
         if begin + BLOCK > keys:
             stage, phase, _ = ring(block)
             mbarrier.wait(smem.v_full.index(stage), phase)
-            _zero_tail(smem.v.index(stage), keys - begin, V, BLOCK)
+            _zero_tail(smem.v.index(stage), keys - begin, BLOCK)
             fence_async_shared()
             barrier()
         for b in range(1, blocks):

@@ -11,7 +11,10 @@ from mla_backend.bench.cases import CASES, chosen_cases
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.results import PEERS
 
-bench = typer.Typer(help="Time our kernels beside other people's, on one GPU.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Time our kernels and engines beside other people's; measure what a cache format costs a model.",
+    no_args_is_help=True,
+)
 
 
 def fail(message: object) -> typer.Exit:
@@ -215,7 +218,7 @@ def quality(
         str, typer.Option(metavar="TOKENS", help="Lengths of context, with commas between.")
     ] = "512,2048,8192",
     dtype: Annotated[str, typer.Option(help="Of the model.")] = "bfloat16",
-    csv: CSVFile = None,
+    csv: Annotated[pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows.")] = None,
 ) -> None:
     """Measure in vLLM what a cache format costs a model: perplexity, greedy agreement, notes found far back."""
     from mla_backend.bench import quality as benchmark

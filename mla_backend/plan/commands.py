@@ -43,7 +43,7 @@ def plan(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     dcp: Annotated[int, typer.Option(min=1, help="Decode context parallel ranks, among those of --tp.")] = 1,
     memory: Annotated[float, typer.Option(min=0, max=1e6, metavar="GIB", help="Of one GPU; an H200 has 140.")] = 140,
-    share: Annotated[float, typer.Option(min=0, max=1, help="vLLM's --gpu-memory-utilization.")] = 0.9,
+    share: Annotated[float, typer.Option(min=0, max=1, help="vLLM's --gpu-memory-utilization.")] = 0.92,
     weights: Annotated[
         float | None,
         typer.Option(min=0, max=1e6, metavar="GIB", help="Of the whole model; those beside config.json without it."),

@@ -22,7 +22,7 @@ from mla_kernels import (
     split_for,
 )
 
-SHORT_EXTEND = 16  # query tokens of a request that every kernel for decode takes
+SHORT_EXTEND = 16  # query tokens of a request that decode takes with whatever kernel it has
 ANY_KERNEL = MLABackendConfig()
 CACHE_OPTIONS = ("auto", "bfloat16", "fp8_e4m3")  # of --kv-cache-dtype
 # SGLang writes tile-scaled rows for sparse models only, and stores other formats in bytes, too.
