@@ -1,12 +1,4 @@
-"""Who may import, ask and know what. Each rule is one small scan of the source.
-
-examples, integration_tests, mla_backend/{cli, bench, doctor, plan}
-  -> mla_backend/*_adapter                          (the only ones that import an engine; never one another)
-  -> mla_backend: tree, attention, steps, models, findings, config  (no engine)
-  -> mla_kernels -> dispatch -> (by name) decode/ prefill/ cache/ merge/
-     -> hopper_launch, hopper_few -> hopper_decode, hopper_convert, split_merge, splits, triton_piece
-     -> hopper_load -> schedule -> hopper, primitives, packed_rows -> device, layout, geometry
-"""
+"""Who may import, ask and know what. Each rule is one small scan of the source; CONTRIBUTING.md has the picture."""
 
 import ast
 import os
