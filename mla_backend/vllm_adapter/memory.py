@@ -6,6 +6,7 @@ calls nothing of ours before 0.33. So our chunks are smaller, and all that a ste
 
 import math
 
+import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
 
 from mla_backend.memory import CONTEXT_ROWS, most_bytes
@@ -35,15 +36,25 @@ def step_bytes(vllm_config, problem: Problem) -> int:
     if problem.split_tokens:  # all tokens go to decode, and vLLM makes their absorbed queries meanwhile
         absorbed = tensor_bytes((tokens, geometry.num_heads, geometry.kv_lora_rank), problem.dtype)
         rows = context_rows(vllm_config)  # of a buffer that vLLM makes, and that then nobody needs
-        return absorbed + most_bytes(problem, tokens=0, decode_tokens=tokens, context_rows=rows)
-    return most_bytes(
+        tables = table_bytes(vllm_config, problem)
+        return absorbed + tables + most_bytes(problem, tokens=0, decode_tokens=tokens, context_rows=rows)
+    latent_tokens = 0 if ranks > 1 else min(tokens, TILES_AT_ONCE * tile_tokens(geometry.num_heads))
+    step = most_bytes(
         problem,
         tokens=tokens,
         decode_tokens=min(tokens, scheduler.max_num_seqs * max_decode_query_len(vllm_config.speculative_config)),
         context_rows=context_rows(vllm_config),
-        latent_tokens=0 if ranks > 1 else min(tokens, TILES_AT_ONCE * tile_tokens(geometry.num_heads)),
+        latent_tokens=latent_tokens,
         ranks=ranks,
     )
+    return step + (table_bytes(vllm_config, problem) if latent_tokens else 0)
+
+
+def table_bytes(vllm_config, problem: Problem) -> int:
+    """Bytes of the block tables of a step's tiles, if all of its tokens are in tiles and one request is the longest."""
+    tiles = -(-vllm_config.scheduler_config.max_num_batched_tokens // tile_tokens(problem.geometry.num_heads))
+    pages = -(-vllm_config.model_config.max_model_len // vllm_config.cache_config.block_size)
+    return tensor_bytes((tiles, pages), torch.int32)
 
 
 def concatenated_bytes(vllm_config, problem: Problem) -> int:
