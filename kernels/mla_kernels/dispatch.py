@@ -100,8 +100,8 @@ class Kernel:
         return self.load().run
 
 
-# Best first. These tuples are the whole selection policy. What stands behind torch, because no GPU has measured it yet, is
-# taken by its name alone: those before it take all that it takes.
+# Best first. These tuples are the whole selection policy. What stands behind torch, because no GPU has measured it yet,
+# is taken by its name alone: those before it take all that it takes.
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
