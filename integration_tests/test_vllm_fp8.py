@@ -7,6 +7,7 @@ import pytest
 import torch
 from fp8_oracle import FP8_TOLERANCE, generate_fp8, tile_scaled
 from harness import assert_same_answers, prompts
+from vllm_config import vllm_config
 
 from mla_backend.attention import MLAAttention
 from mla_backend.config import MLABackendConfig
@@ -83,15 +84,7 @@ def refused(dtype=torch.bfloat16, prefill=None, **model) -> list[str]:
     """Reasons against a server with a tile-scaled cache."""
     from mla_backend.vllm_adapter.backend import refusals
 
-    shape = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128} | model
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(num_attention_heads=4, **shape)),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, tensor_parallel_size=1, use_ubatching=False),
-        attention_config=SimpleNamespace(mla_prefill_backend=prefill and SimpleNamespace(name=prefill)),
-        cache_config=SimpleNamespace(block_size=64),
-        speculative_config=None,
-        device_config=SimpleNamespace(device_type="cpu"),
-    )
+    config = vllm_config(heads=4, prefill=prefill, **model)
     return refusals(config, dtype=dtype, kv_cache_dtype="fp8_ds_mla", page_size=64, use_mla=True)
 
 

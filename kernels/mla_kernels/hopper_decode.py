@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import barrier, cp_async, ring
+from mla_kernels.hopper import SWIZZLED, barrier, cp_async, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
@@ -56,6 +56,58 @@ class Shared(NamedTuple):
     weight_empty: object
     last_full: object
     last_empty: object
+
+
+@gluon.jit
+def allocate(
+    dtype: gl.constexpr, QUERIES: gl.constexpr, WEIGHT: gl.constexpr, WEIGHT_LAY: gl.constexpr, GATHER: gl.constexpr
+):
+    """Shared memory with its barriers ready: (Shared, latent part of QUERIES queries in two halves, rotary part).
+
+    WEIGHT, WEIGHT_LAY: rows and columns of a block's weights, and their layout.  GATHER: every thread of the loader
+    says of its own rows that they are there.
+    """
+    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    k_s = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], SWIZZLED)
+    rope_s = gl.allocate_shared_memory(dtype, [2, BLOCK, TILE], SWIZZLED)
+    q_s = gl.allocate_shared_memory(dtype, [2, QUERIES, HALF], SWIZZLED)
+    q_rope_s = gl.allocate_shared_memory(dtype, [QUERIES, TILE], SWIZZLED)
+    weight_s = gl.allocate_shared_memory(dtype, WEIGHT, WEIGHT_LAY)
+    factor_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
+    last_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
+    grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    for d in gl.static_range(4):
+        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
+        mbarrier.init(k_empty.index(d), count=1)
+    mbarrier.init(weight_full, count=1)
+    mbarrier.init(weight_empty, count=1)
+    mbarrier.init(last_full, count=1)
+    mbarrier.init(last_empty, count=1)
+    fence_async_shared()
+    smem = Shared(
+        k_s, rope_s, weight_s, factor_s, grew_s, last_s,
+        k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
+    )  # fmt: skip
+    return smem, q_s, q_rope_s
+
+
+@gluon.jit
+def write_plan(plan_ptr, part, last_request, pieces, cuts, cuts_before):
+    """What split_merge.py has to merge, each part its own cut."""
+    if part == 0:
+        gl.store(plan_ptr, cuts)
+    if pieces > 0:
+        entry = plan_ptr + 4 * (1 + cuts_before)
+        gl.store(entry, last_request)
+        gl.store(entry + 1, part)
+        gl.store(entry + 2, pieces)
 
 
 @gluon.jit
@@ -210,7 +262,32 @@ def attend(
 
 
 @gluon.jit
-def zero_tail(buffer, valid):
+def wait_for_values(b, block, stage, phase, seq_len, smem, GATHER: gl.constexpr):
+    """Until block `b`'s weights are there; its values then are, too, but for rows past the end: zeros from here on."""
+    mbarrier.wait(smem.weight_full, block & 1)
+    if (b + 1) * BLOCK > seq_len:
+        for half in gl.static_range(2):
+            mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
+            _zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
+        fence_async_shared()
+        barrier()
+    if GATHER:
+        fence_async_shared()  # rows came by ordinary writes
+
+
+@gluon.jit
+def release_values(acc0, acc1, stage, smem):
+    """Wait for the products of either half with its weights, and give halves and weights back. Returns both."""
+    acc0 = warpgroup_mma_wait(1, deps=[acc0])
+    mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
+    acc1 = warpgroup_mma_wait(0, deps=[acc1])
+    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
+    mbarrier.arrive(smem.weight_empty, count=1)
+    return acc0, acc1
+
+
+@gluon.jit
+def _zero_tail(buffer, valid):
     """Zero the rows of a [64, 256] buffer from `valid` on: no request owns them, and 0 * NaN is NaN."""
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     row = gl.arange(0, 16, gl.SliceLayout(1, lay))
@@ -225,27 +302,14 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
     row_lay: gl.constexpr = gl.SliceLayout(1, acc0.type.layout)
     flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     stage, phase, _ = ring(block)
-    mbarrier.wait(smem.weight_full, block & 1)
-    if (b + 1) * BLOCK > seq_len:
-        for half in gl.static_range(2):
-            mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
-            zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
-        fence_async_shared()
-        barrier()
-    if GATHER:
-        fence_async_shared()  # rows came by ordinary writes
+    wait_for_values(b, block, stage, phase, seq_len, smem, GATHER)
     if gl.max(smem.grew.load(flag_lay), 0) > 0:
         rescale = smem.factor.load(row_lay)[:, None]
         acc0 = acc0 * rescale
         acc1 = acc1 * rescale
     acc0 = warpgroup_mma(smem.weight, smem.k.index(2 * stage), acc0, is_async=True)
     acc1 = warpgroup_mma(smem.weight, smem.k.index(2 * stage + 1), acc1, is_async=True)
-    acc0 = warpgroup_mma_wait(1, deps=[acc0])
-    mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
-    acc1 = warpgroup_mma_wait(0, deps=[acc1])
-    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
-    mbarrier.arrive(smem.weight_empty, count=1)
-    return acc0, acc1
+    return release_values(acc0, acc1, stage, smem)
 
 
 @gluon.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import barrier, cp_async, ring
-from mla_kernels.hopper_decode import LAZY, NOTHING, zero_tail
+from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, wait_for_values
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, piece
@@ -146,27 +146,14 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
     query_lay: gl.constexpr = gl.SliceLayout(0, acc0.type.layout)
     flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     stage, phase, _ = ring(block)
-    mbarrier.wait(smem.weight_full, block & 1)
-    if (b + 1) * BLOCK > seq_len:
-        for half in gl.static_range(2):
-            mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
-            zero_tail(smem.k.index(2 * stage + half), seq_len - b * BLOCK)
-        fence_async_shared()
-        barrier()
-    if GATHER:
-        fence_async_shared()  # rows came by ordinary writes
+    wait_for_values(b, block, stage, phase, seq_len, smem, GATHER)
     if gl.max(smem.grew.load(flag_lay), 0) > 0:
         rescale = smem.factor.load(query_lay)[None, :]
         acc0 = acc0 * rescale
         acc1 = acc1 * rescale
     acc0 = warpgroup_mma(smem.k.index(2 * stage).permute((1, 0)), smem.weight, acc0, is_async=True)
     acc1 = warpgroup_mma(smem.k.index(2 * stage + 1).permute((1, 0)), smem.weight, acc1, is_async=True)
-    acc0 = warpgroup_mma_wait(1, deps=[acc0])
-    mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
-    acc1 = warpgroup_mma_wait(0, deps=[acc1])
-    mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
-    mbarrier.arrive(smem.weight_empty, count=1)
-    return acc0, acc1
+    return release_values(acc0, acc1, stage, smem)
 
 
 @gluon.jit

@@ -252,6 +252,28 @@ def make_so_far(case: RaggedCase, *, seed: int = 0):
     return out.to(q), lse.to(q.device)
 
 
+def check_prefill(run, case: RaggedCase, *, accumulate: bool = False) -> None:
+    """Call a kernel's `run` on a case, with outputs that are views of memory full of NaN, and compare. Raises
+    AssertionError, also for what was written beside the outputs.
+
+    accumulate: in what `make_so_far` gives.
+    """
+    q, (*_, v, _, _) = case.arrays[0], case.arrays
+    tokens, heads = q.shape[:2]
+    wide = q.new_full((tokens, heads + 1, v.shape[-1] + 16), torch.nan)
+    out = wide[:, :heads, : v.shape[-1]]
+    lse = q.new_full((heads, tokens + 1), torch.nan, dtype=torch.float32).T[:tokens]  # heads first, as vLLM passes it
+    so_far = make_so_far(case) if accumulate else None
+    if accumulate:
+        out.copy_(so_far[0])
+        lse.copy_(so_far[1])
+    run(*case.arrays, **case.options, accumulate=accumulate, out_TNV=out, lse_TN=lse)
+    expected, expected_lse = case.reference(so_far)
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[q.dtype])
+    assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
+
+
 def make_prefill(
     geometry: MLAGeometry,
     query_lens: list[int],

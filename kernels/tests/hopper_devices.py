@@ -1,6 +1,9 @@
-"""A Hopper GPU, and devices that kernels for one refuse, with their reasons."""
+"""A Hopper GPU, devices that kernels for one refuse, with their reasons, and the mark of tests that need one."""
 
 from dataclasses import replace
+
+import pytest
+import torch
 
 from mla_kernels import Device
 
@@ -13,3 +16,10 @@ NOT_HOPPER = (
     (Device("cpu", interpreted=True), ["needs sm_90, got cpu, Triton interpreter"]),
     (replace(H200, interpreted=True), ["needs a GPU: Triton's interpreter does not run Gluon"]),
 )
+
+NEEDS_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]

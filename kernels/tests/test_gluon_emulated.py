@@ -145,7 +145,7 @@ def test_late_roles_are_waited_for(what, monkeypatch):
 
 
 MISTAKES = {
-    "rows past the end are not zeroed": ("            zero_tail(smem.k", "            (lambda *_: 0)(smem.k"),
+    "rows past the end are not zeroed": ("            _zero_tail(smem.k", "            (lambda *_: 0)(smem.k"),
     "a query sees one key too many": ("sees = seq_len - tokens + (", "sees = seq_len - tokens + 1 + ("),
     "weights are not made anew when scores grow": ("    if grew > 0:", "    if grew > 1:"),
     "outputs are not rescaled": ("if gl.max(smem.grew.load(flag_lay), 0) > 0:", "if False:"),

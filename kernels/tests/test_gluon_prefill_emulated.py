@@ -7,7 +7,11 @@ from gluon_emulator import emulated
 
 import mla_kernels.primitives as primitives
 from mla_kernels import Device, MLAGeometry
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
+from mla_kernels.testing import (
+    RaggedCase,
+    check_prefill,
+    make_prefill,
+)
 
 MODULES = ("hopper", "hopper_prefill", "prefill.gluon_sm90_ragged")
 GPU = Device("cuda", 90, "a small Hopper", 5)
@@ -31,19 +35,7 @@ def geometry(heads=2, nope=128, rope=64, v=128):
 
 def check(kernel, shape, *lens, change=lambda case: case, accumulate=False, **options):
     case = change(make_prefill(shape, *lens, dtype=torch.float16, **options))
-    tokens, heads = case.arrays[0].shape[:2]
-    wide = torch.full((tokens, heads + 1, shape.v_head_dim + 16), torch.nan, dtype=torch.float16)
-    out = wide[:, :heads, : shape.v_head_dim]
-    lse = torch.full((heads, tokens + 1), torch.nan).T[:tokens]  # heads first, as vLLM passes it
-    so_far = make_so_far(case) if accumulate else None
-    if accumulate:
-        out.copy_(so_far[0])
-        lse.copy_(so_far[1])
-    kernel.run(*case.arrays, **case.options, accumulate=accumulate, out_TNV=out, lse_TN=lse)
-    expected, expected_lse = case.reference(so_far)
-    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
-    assert_matches("out", out, expected, TOLERANCE[torch.float16])
-    assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
+    check_prefill(kernel.run, case, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from hopper_devices import NEEDS_HOPPER
 
 from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90_few")

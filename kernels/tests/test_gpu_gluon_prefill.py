@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from hopper_devices import NEEDS_HOPPER
 
 from mla_kernels import OPERATIONS, CacheLayout, MLAGeometry, Problem, device_of, format_of
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = NEEDS_HOPPER
 
 BF16, FP16 = torch.bfloat16, torch.float16
 KERNEL = next(k for k in OPERATIONS["prefill"] if k.name == "gluon_sm90_ragged")

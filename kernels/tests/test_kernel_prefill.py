@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, reference
-from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, make_prefill, make_so_far
+from mla_kernels.testing import (
+    LSE_TOLERANCE,
+    TOLERANCE,
+    RaggedCase,
+    assert_matches,
+    check_prefill,
+    make_prefill,
+)
 
 KERNELS = OPERATIONS["prefill"]
 EDGE_LENGTHS = ([1, 0, 16, 63], [64, 65], [17, 129])
@@ -33,19 +40,7 @@ def check(kernel, place):
         if where == "cpu" and dtype == torch.bfloat16 and kernel.name.startswith("triton"):
             pytest.skip("the interpreter rounds to bfloat16 by cutting off")
         case = change(make_prefill(geometry, *lens, dtype=dtype, device=where, **options))
-        tokens, heads = case.arrays[0].shape[:2]
-        wide = torch.full((tokens, heads + 1, geometry.v_head_dim + 16), torch.nan, dtype=dtype, device=where)
-        out = wide[:, :heads, : geometry.v_head_dim]
-        lse = torch.full((heads, tokens + 1), torch.nan, device=where).T[:tokens]  # heads first, as vLLM passes it
-        so_far = make_so_far(case) if accumulate else None
-        if accumulate:
-            out.copy_(so_far[0])
-            lse.copy_(so_far[1])
-        kernel.run(*case.arrays, **case.options, accumulate=accumulate, out_TNV=out, lse_TN=lse)
-        expected, expected_lse = case.reference(so_far)
-        assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
-        assert_matches("out", out, expected, TOLERANCE[dtype])
-        assert int(wide.isnan().sum()) == wide.numel() - out.numel(), "wrote beside the output"
+        check_prefill(kernel.run, case, accumulate=accumulate)
 
     return run
 

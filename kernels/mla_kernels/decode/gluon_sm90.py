@@ -15,14 +15,13 @@ programs share fixed splits (splits.py), each of which is a piece, instead of bl
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_decode import ROWS, Shared, accumulate, attend
+from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend, write_plan
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
-from mla_kernels.hopper_load import HALF, LATENT, TILE, Cache, gather_keys, load_keys
+from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
 from mla_kernels.primitives import reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts
@@ -56,30 +55,7 @@ def _decode_kernel(
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
-    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
-    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], SWIZZLED)
-    rope_s = gl.allocate_shared_memory(dtype, [2, BLOCK, TILE], SWIZZLED)
-    q_s = gl.allocate_shared_memory(dtype, [2, ROWS, HALF], SWIZZLED)
-    q_rope_s = gl.allocate_shared_memory(dtype, [ROWS, TILE], SWIZZLED)
-    weight_s = gl.allocate_shared_memory(dtype, [ROWS, BLOCK], SWIZZLED)
-    factor_s = gl.allocate_shared_memory(gl.float32, [ROWS], row_lay)
-    last_s = gl.allocate_shared_memory(gl.float32, [ROWS], row_lay)
-    grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
-    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    for d in gl.static_range(4):
-        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
-        mbarrier.init(k_empty.index(d), count=1)
-    mbarrier.init(weight_full, count=1)
-    mbarrier.init(weight_empty, count=1)
-    mbarrier.init(last_full, count=1)
-    mbarrier.init(last_empty, count=1)
-    fence_async_shared()
+    smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
 
     gdc_launch_dependents()
     part = gl.program_id(1)
@@ -89,23 +65,13 @@ def _decode_kernel(
         shared, pieces, cuts, cuts_before = share(
             seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
         )  # fmt: skip
-        if gl.program_id(0) == 0:  # split_merge.py says what this is
-            if part == 0:
-                gl.store(plan_ptr, cuts)
-            if pieces > 0:
-                entry = plan_ptr + 4 * (1 + cuts_before)
-                gl.store(entry, shared[2])
-                gl.store(entry + 1, part)
-                gl.store(entry + 2, pieces)
+        if gl.program_id(0) == 0:
+            write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
     barrier()
 
     lengths = (seq_lens_ptr, query_start_ptr, query_len)
     work = (shared, lengths)
     to_load = ((shared[0], shared[1], shared[2], shared[3]), lengths)  # without slots: its registers are few
-    smem = Shared(
-        k_s, rope_s, weight_s, factor_s, grew_s, last_s,
-        k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
-    )  # fmt: skip
     q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)

@@ -9,16 +9,15 @@ It has not run on a GPU yet, so dispatch puts it last; MLA_BACKEND_DECODE=gluon_
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device
-from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
+from mla_kernels.hopper import barrier, device_refusals
 from mla_kernels.hopper_convert import convert_keys
-from mla_kernels.hopper_decode import Shared
+from mla_kernels.hopper_decode import allocate, write_plan
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import parts_of, prepare_launch, scratch_rows, scratch_shapes
-from mla_kernels.hopper_load import HALF, TILE, Cache, gather_keys, load_keys
+from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.primitives import E4M3, reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share
 from mla_kernels.split_merge import merge_form, merge_parts
@@ -42,51 +41,18 @@ def _decode_few_kernel(
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
-    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
-    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
-    k_s = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], SWIZZLED)
-    rope_s = gl.allocate_shared_memory(dtype, [2, BLOCK, TILE], SWIZZLED)
-    q_s = gl.allocate_shared_memory(dtype, [2, F, HALF], SWIZZLED)
-    q_rope_s = gl.allocate_shared_memory(dtype, [F, TILE], SWIZZLED)
-    weight_s = gl.allocate_shared_memory(dtype, [BLOCK, F], weight_lay)
-    factor_s = gl.allocate_shared_memory(gl.float32, [F], row_lay)
-    last_s = gl.allocate_shared_memory(gl.float32, [F], row_lay)
-    grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
-    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    for d in gl.static_range(4):
-        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
-        mbarrier.init(k_empty.index(d), count=1)
-    mbarrier.init(weight_full, count=1)
-    mbarrier.init(weight_empty, count=1)
-    mbarrier.init(last_full, count=1)
-    mbarrier.init(last_empty, count=1)
-    fence_async_shared()
+    smem, q_s, q_rope_s = allocate(dtype, F, [BLOCK, F], weight_lay, GATHER)
 
     gdc_launch_dependents()
     part = gl.program_id(1)
     shared, pieces, cuts, cuts_before = share(
         seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
     )  # fmt: skip
-    if part == 0:  # split_merge.py says what this is
-        gl.store(plan_ptr, cuts)
-    if pieces > 0:
-        entry = plan_ptr + 4 * (1 + cuts_before)
-        gl.store(entry, shared[2])
-        gl.store(entry + 1, part)
-        gl.store(entry + 2, pieces)
+    write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
     barrier()
 
     work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
-    smem = Shared(
-        k_s, rope_s, weight_s, factor_s, grew_s, last_s,
-        k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
-    )  # fmt: skip
     q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
