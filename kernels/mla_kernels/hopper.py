@@ -12,8 +12,11 @@ from mla_kernels.device import Device
 tma_load = getattr(tma, "async_load", None) or getattr(tma, "async_copy_global_to_shared", None)
 cp_async = getattr(async_copy, "async_load", None) or getattr(async_copy, "async_copy_global_to_shared", None)
 barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier", None)  # of the warps that run the same role
+# Of a buffer in shared memory, as another dtype and shape. Triton 3.9 renamed it.
+_buffer = gl.shared_memory_descriptor
+reinterpret = getattr(_buffer, "reinterpret", None) or getattr(_buffer, "_reinterpret", None)
 # Asked of the language itself: Gluon is experimental, and its shape says more than a version.
-KNOWN_GLUON = all((tma_load, cp_async, barrier)) and (
+KNOWN_GLUON = all((tma_load, cp_async, barrier, reinterpret)) and (
     "functions_and_args" in inspect.signature(gl.warp_specialize).parameters
 )
 

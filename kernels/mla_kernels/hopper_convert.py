@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from mla_kernels.hopper import ring
+from mla_kernels.hopper import reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.schedule import BLOCK, piece
 
@@ -53,7 +53,7 @@ def _values_of(codes, dtype: gl.constexpr):
 @gluon.jit
 def _put(buffer, codes):
     """Write words of codes into a buffer of values, for matrix instructions to read."""
-    words = buffer._reinterpret(gl.int32, [codes.shape[0], 2 * codes.shape[1]], SWIZZLED_WORDS)
+    words = reinterpret(buffer, gl.int32, [codes.shape[0], 2 * codes.shape[1]], SWIZZLED_WORDS)
     words.store(_values_of(codes, buffer.dtype))
     fence_async_shared()
 

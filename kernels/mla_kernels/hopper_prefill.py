@@ -292,9 +292,10 @@ def _so_far(out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr, row_lay
 @gluon.jit
 def _store(acc, total, top, out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr):
     """Divide by the sums of weights, write outputs and LSE."""
-    total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    row_lay: gl.constexpr = top.type.layout  # by a name: Triton 3.6 takes no attribute as an argument
+    total = gl.convert_layout(gl.sum(total, 1), row_lay)
     safe = gl.where(total > 0, total, 1.0)
-    pointer, mask = _lse_places(out, token, rows, head, top.type.layout)
+    pointer, mask = _lse_places(out, token, rows, head, row_lay)
     gl.store(pointer, gl.where(total > 0, (top + gl.log2(safe)) * LN_2, float("-inf")), mask=mask)
 
     acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, acc.type.layout))[:, None]

@@ -51,7 +51,7 @@ HOPPER = {
     "gluon_sm90_few": "_decode_few_kernel",
     "gluon_sm90_ragged": "_prefill_kernel",
 }
-HOPPER_SPILLED = {("gluon_sm90", "3.7"): 16, ("gluon_sm90", "3.9"): 128}
+HOPPER_SPILLED = {("gluon_sm90", "3.7"): 16, ("gluon_sm90", "3.9"): 128, ("gluon_sm90_few", "3.9"): 16}
 GATHER_SPILLED = 8  # a word that waits for the gather to begin, with fixed splits or few query rows
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 

@@ -96,7 +96,7 @@ class Memory:
     def permute(self, order):
         return Memory(self.array.transpose(order))
 
-    def _reinterpret(self, dtype, shape, layout):
+    def reinterpret(self, dtype, shape, layout):
         return Memory(self.array.view(dtype).reshape(shape))
 
     def load(self, layout):
@@ -289,7 +289,7 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
     associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
-    bfloat16="none here", inline_asm_elementwise=_inline_asm,
+    bfloat16="none here", shared_memory_descriptor=Memory, inline_asm_elementwise=_inline_asm,
     join=lambda x, y: _tensor(np.stack([np.asarray(x), np.asarray(y)], -1)),
 )  # fmt: skip
 

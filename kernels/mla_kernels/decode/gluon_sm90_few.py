@@ -106,7 +106,7 @@ def _warps(launch) -> tuple[int, int, int]:
     """Warps of the loader, registers of its threads, and of those that add values up. The others get what is left."""
     if launch.codes:
         return 4, 104, 112
-    return (4, 56, 136) if launch.gather else (1, 40, 136)
+    return (4, 56, 136) if launch.gather else (1, 40, 144)
 
 
 def _columns(rows: int) -> int:
