@@ -59,7 +59,12 @@ def table_of(rows: list[dict]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=pathlib.Path, help="each with a Triton of its own")
-    parser.add_argument("--names", nargs="+", default=["gluon_sm90", "gluon_sm90_ragged"], help="operations or kernels")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=["gluon_sm90", "gluon_sm90_few", "gluon_sm90_ragged"],
+        help="operations or kernels",
+    )
     options = parser.parse_args()
     folders = [folder.resolve() for folder in options.folders]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,6 +1,7 @@
 """Every GPU kernel compiles for GPUs that are not here: within shared memory, without drowning in spills; Hopper's
 own without any, and with its matrix and bulk copy instructions. `make compile-matrix` asks other Tritons too."""
 
+import ast
 import json
 import os
 import pathlib
@@ -56,3 +57,17 @@ def test_hopper_kernels_refuse_other_gpus(target, tmp_path):
     assert {row["kernel"] for row in rows} == set(HOPPER)
     for row in rows:
         assert any("needs sm_90, got" in reason for reason in row["refused"]), row
+
+
+def test_layouts_are_handed_over_by_a_name():
+    """Triton 3.6, which vLLM 0.26 pins, takes no attribute such as x.type.layout as an argument of our own functions."""
+    kernels = WORKER.parents[1] / "mla_kernels"
+    wrong = [
+        f"{path.name}:{argument.lineno}"
+        for path in kernels.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        for argument in call.args
+        if isinstance(argument, ast.Attribute) and argument.attr == "layout"
+    ]
+    assert wrong == []
