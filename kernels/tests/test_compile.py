@@ -60,7 +60,7 @@ def test_hopper_kernels_refuse_other_gpus(target, tmp_path):
 
 
 def test_layouts_are_handed_over_by_a_name():
-    """Triton 3.6, which vLLM 0.26 pins, takes no attribute such as x.type.layout as an argument of our own functions."""
+    """Triton 3.6, which vLLM 0.26 pins, takes no attribute such as x.type.layout as an argument of a jit function."""
     kernels = WORKER.parents[1] / "mla_kernels"
     wrong = [
         f"{path.name}:{argument.lineno}"
