@@ -84,6 +84,11 @@ def test_model_runners_and_compilation(engine, checkpoints, oracle, runner):
     assert run.rounds[1][-1]["cached"] > 0
 
 
+def _bits(answer: dict) -> tuple:
+    """What must be the same; how much of a prompt came from the cache need not be."""
+    return answer["tokens"], answer["logprobs"]
+
+
 @pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])
 def test_soak(tmp_path, checkpoints, kernel):
     """2000 requests, a tenth of which go away, in vLLM's batch-invariant mode with captured graphs: no error, no memory
@@ -111,7 +116,9 @@ def test_soak(tmp_path, checkpoints, kernel):
     )
     assert run["left"] == 200
     assert len(run["alone"]) >= 100
-    assert run["answers"] == run["alone"]
+    assert set(run["answers"]) == set(run["alone"])
+    for number, answer in run["answers"].items():
+        assert _bits(answer) == _bits(run["alone"][number]), number
     assert run["metrics"]["vllm:prefix_cache_hits"] > 0
     assert run["leaked"] == 0
     assert run["held"][1] - run["held"][0] <= 4 << 20

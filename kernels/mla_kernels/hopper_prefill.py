@@ -267,9 +267,23 @@ def _lse_places(out, token, rows, head, row_lay: gl.constexpr):
     return lse_ptr + ((token + i).to(gl.int64) * stride_t + head * stride_n), i < rows
 
 
+@gluon.constexpr_function
+def _wide(v_width):
+    """The output's layout, but with four neighbouring columns a thread: threads of a quad exchange what they hold, and
+    sectors of 32 bytes are filled."""
+    columns = [[0, 16 << i] for i in range((v_width // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], *columns],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, v_width],
+    )
+
+
 @gluon.jit
 def _out_places(out, token, rows, head, V: gl.constexpr, WIDE: gl.constexpr):
-    """(pointers, mask) of the outputs of 64 rows of a head, in a layout that fills sectors of 32 bytes."""
+    """(pointers, mask) of the outputs of 64 rows of a head."""
     out_ptr, stride_t, stride_n = out[0], out[1], out[2]
     i = gl.arange(0, ROWS, gl.SliceLayout(1, WIDE))
     at = (token + i).to(gl.int64) * stride_t + head.to(gl.int64) * stride_n
@@ -321,7 +335,7 @@ def _next(smem, count):
 def attend(
     out, scale_log2, smem,
     W: gl.constexpr, C: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
-    ACCUMULATE: gl.constexpr, WIDE: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: attention of its 64 rows of every tile, as FlashAttention-3 does it (arXiv 2407.08608).
 
@@ -336,6 +350,7 @@ def attend(
     p_lay: gl.constexpr = gl.DotOperandLayout(0, o_lay, 2)
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     o_row_lay: gl.constexpr = gl.SliceLayout(1, o_lay)
+    WIDE: gl.constexpr = _wide(V)
     i = W * ROWS + gl.arange(0, ROWS, row_lay)
     block = 0
     count = 0

@@ -147,6 +147,8 @@ def compiled_instead_of_launched(device: Device):
     driver.set_active(TargetOnly(device))
     # The log of Triton's own call of ptxas: the right one of its several tools, and the options that it gave.
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+    # An engine may listen to what is compiled (vLLM does), and then Triton writes every constant as JSON.
+    knobs.runtime.jit_post_compile_hook = lambda **_: None
     JITFunction.run = compile_only
     try:
         yield compiled

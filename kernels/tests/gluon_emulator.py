@@ -332,7 +332,7 @@ def _modules():
         "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait,
     }
-    yield "triton.experimental", {"gluon": SimpleNamespace(jit=jit)}
+    yield "triton.experimental", {"gluon": SimpleNamespace(jit=jit, constexpr_function=lambda function: function)}
     yield "triton.experimental.gluon", {"language": gl}
     yield "triton.experimental.gluon.language.nvidia.hopper", tools
     yield "triton.experimental.gluon.nvidia.hopper", {"TensorDescriptor": TensorDescriptor}

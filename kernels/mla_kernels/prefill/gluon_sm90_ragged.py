@@ -5,7 +5,7 @@ queries, keys and values by TMA, from where the projection left them: keys are n
 64 of the queries each and take turns on the tensor cores (hopper_prefill.py).
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def _prefill_kernel(
     query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
-    ACCUMULATE: gl.constexpr, WIDE: gl.constexpr, LOADER_REGS: gl.constexpr,
+    ACCUMULATE: gl.constexpr, LOADER_REGS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
@@ -82,8 +82,8 @@ def _prefill_kernel(
     tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys)
     gl.warp_specialize(
         [
-            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, ACCUMULATE, WIDE)),
-            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, ACCUMULATE, WIDE)),
+            (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, ACCUMULATE)),
+            (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, ACCUMULATE)),
             (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL)),
         ],
         [4, 1],
@@ -117,19 +117,6 @@ def unsupported(problem, device: Device) -> list[str]:
     if v not in (64, 128, 256):
         reasons.append(f"needs v of 64, 128 or 256, got {v}")
     return reasons
-
-
-@cache
-def _wide(v_width: int):
-    """The output's layout, but with four neighbouring columns a thread: threads of a quad exchange what they hold."""
-    columns = [[0, 16 << i] for i in range((v_width // 16).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], *columns],
-        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, v_width],
-    )
 
 
 def _for_tma(x):
@@ -235,7 +222,7 @@ def run(
         q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
         query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
         out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
-        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=accumulate, WIDE=_wide(V),
+        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=accumulate,
         LOADER_REGS=24,
     )  # fmt: skip
     return out_TNV, lse_TN
