@@ -129,6 +129,25 @@ def test_speculation(tmp_path, checkpoints, oracle, page_size, topk):
     assert run.metrics["avg_spec_accept_length"] > 3, run.metrics
 
 
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_deterministic_inference(tmp_path, checkpoints, page_size):
+    """The same bits for a request in a batch and alone, after its own prefix was cached and behind another's."""
+    folder, (batch, longer) = checkpoints(heads=16, hidden=1024, layers=1), two_rounds()
+    rounds = [longer, batch, longer, *([prompt] for prompt in longer)]
+    options = {"dtype": "bfloat16", "enable_deterministic_inference": True, "chunked_prefill_size": 128}
+    run = run_captured(tmp_path, folder, [batch, *rounds], NAME, page_size, **options)
+    assert "; batch invariant, in splits of" in run.log
+    first, in_batch, again, after, *alone = ([bits(answer) for answer in answers] for answers in run.rounds)
+    assert again == first
+    assert after == in_batch
+    assert [answer for answers in alone for answer in answers] == in_batch
+
+
+def bits(answer: dict) -> tuple:
+    """What must be the same; how much of a prompt came from the cache need not be."""
+    return answer["tokens"], answer["logprobs"]
+
+
 @pytest.mark.parametrize("backend", [NAME, "triton"])
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_tokens_in_bfloat16(tmp_path, checkpoints, oracle, page_size, backend):
