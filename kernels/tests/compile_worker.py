@@ -302,6 +302,9 @@ def problem_of(geometry, dtype, page_size: int, cache_dtype=None, max_query_len:
 
 
 def decode_variants():
+    from mla_kernels.decode import gluon_sm90
+
+    gluon_sm90._FEW_ROWS = 0  # what it does with few rows is gluon_sm90_few's
     for heads, query_len, page_size, rope, dtype, *split in GLUON_SM90:
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128

@@ -11,15 +11,22 @@ import mla_kernels.splits as splits
 from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
-MODULES = ("hopper", "schedule", "hopper_load", "hopper_decode", "hopper_launch", "decode.gluon_sm90")
+MODULES = (
+    *("hopper", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_few_launch"),
+    *("hopper_launch", "decode.gluon_sm90"),
+)
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)
 HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where merging runs
 
 
-def build(**edits):
-    *_, roles, launch, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
-    roles.LN_2 = primitives.LN_2.value
+def build(few_rows: int = 0, **edits):
+    """few_rows: up to which products are transposed. Nowhere: test_gluon_few_emulated.py has those."""
+    modules = dict(zip(MODULES, emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits), strict=True))
+    for roles in (modules["hopper_decode"], modules["hopper_few"]):
+        roles.LN_2 = primitives.LN_2.value
+    launch, kernel = modules["hopper_launch"], modules["decode.gluon_sm90"]
+    kernel._FEW_ROWS = few_rows
     launch.device_of = lambda tensor: GPU
     kernel.in_16_bytes = launch.in_16_bytes
     kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
@@ -69,6 +76,20 @@ def test_pages(kernel, page_size, page_gap):
 def test_rows(kernel, heads, rope, query_len):
     """One tile of query rows, two, four; the last one not full."""
     check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len))
+
+
+def test_few_rows_are_columns(kernel):
+    """Up to 32 of them, other bits than as rows; more have the same."""
+
+    def bits(kernel, case):
+        return kernel.run(*case.arrays, **case.options)
+
+    whole = build(few_rows=kernel.COLUMNS[-1])
+    for heads, query_len, transposed in ((16, 1, True), (8, 4, True), (11, 3, False)):
+        case = make(heads, [130, 400], query_lens=query_len)
+        check(whole, case)
+        equal = [torch.equal(*pair) for pair in zip(bits(kernel, case), bits(whole, case), strict=True)]
+        assert all(equal) != transposed, (heads, query_len)
 
 
 def with_large_scores():

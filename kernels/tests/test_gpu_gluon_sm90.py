@@ -13,6 +13,12 @@ TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left
 KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90")
 
 
+@pytest.fixture(autouse=True)
+def queries_are_rows(monkeypatch):
+    """Of the matrix instructions, however few they are: test_gpu_gluon_few.py has those that are columns."""
+    monkeypatch.setattr(KERNEL.load(), "_FEW_ROWS", 0)
+
+
 def geometry(heads=16, rope=64):
     return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128)
 

@@ -1,0 +1,86 @@
+"""The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
+
+Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
+hopper_convert.py has the one that reads an fp8 cache.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from mla_kernels.hopper import barrier
+from mla_kernels.hopper_convert import convert_keys
+from mla_kernels.hopper_decode import allocate, write_plan
+from mla_kernels.hopper_few import accumulate, attend
+from mla_kernels.hopper_load import Cache, gather_keys, load_keys
+from mla_kernels.schedule import BLOCK, share
+
+# Query rows of a tile, which are columns here. With 32 and an fp8 cache roles would need more registers than there are.
+COLUMNS, COLUMNS_FP8 = (16, 32), (16,)
+
+
+@gluon.jit(
+    do_not_specialize=["batch", "parts", "query_len", "page_rows", "rows_per_slot", "stride_table", "stride8_page"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr", "scale_ptr"],
+)
+def _decode_few_kernel(
+    k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table,
+    q_latent_ptr, q_rope_ptr, stride8_ql_t, stride8_ql_n, stride8_qr_t, stride8_qr_n,
+    seq_lens_ptr, query_start_ptr, query_len, batch, parts, scale_log2,
+    out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
+    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr,
+    N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
+    GATHER: gl.constexpr, CONVERT: gl.constexpr,
+    LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
+    weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
+    smem, q_s, q_rope_s = allocate(dtype, F, [BLOCK, F], weight_lay, GATHER)
+
+    gdc_launch_dependents()
+    part = gl.program_id(1)
+    shared, pieces, cuts, cuts_before = share(
+        seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+    )  # fmt: skip
+    write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
+    barrier()
+
+    work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
+    q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
+    lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
+    out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
+    cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
+    gl.warp_specialize(
+        [
+            (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER)),
+            (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
+            (
+                convert_keys if CONVERT else gather_keys if GATHER else load_keys,
+                (cache, work, smem, N, R, PAGE, RAGGED, F),
+            ),
+        ],
+        [8, LOADER_WARPS],
+        [ADDER_REGS, LOADER_REGS],
+    )
+
+
+def columns_of(rows: int) -> int:
+    """Of the smallest tile for so many query rows."""
+    return next(columns for columns in COLUMNS if rows <= columns)
+
+
+def _warps(launch) -> tuple[int, int, int]:
+    """Warps of the loader, registers of its threads, and of those that add values up. The others get what is left."""
+    if launch.codes:
+        return 4, 104, 112
+    return (4, 56, 136) if launch.gather else (1, 40, 144)
+
+
+def decode_few(launch, rows: int, parts: int, part, part_lse, plan, cache_scale=None) -> None:
+    """Start it for up to max(COLUMNS) query rows of a request. `launch` is hopper_launch.prepare_launch's."""
+    loader_warps, loader_registers, adder_registers = _warps(launch)
+    _decode_few_kernel[(1, parts)](
+        *launch.before_parts, parts, *launch.behind_parts, part, part_lse, plan, rows, cache_scale,
+        F=columns_of(rows), GATHER=launch.gather, CONVERT=launch.codes, **launch.constants,
+        LOADER_WARPS=loader_warps, LOADER_REGS=loader_registers, ADDER_REGS=adder_registers, num_warps=4,
+    )  # fmt: skip
