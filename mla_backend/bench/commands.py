@@ -206,6 +206,63 @@ def engine(
 
 
 @bench.command()
+def serve(
+    against: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help="vLLM's own backends, with commas between; `none` for ours alone."),
+    ] = "FLASH_ATTN_MLA,FLASHMLA",
+    workloads: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Any of 1k (1024 tokens in, 1024 out), 32k (32768 in, of which all requests share 31744; 512 out) and "
+            "ngram (as 1k, with n-gram speculation).",
+        ),
+    ] = "1k,32k,ngram",
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="RATES", help="Requests a second, with commas between.", show_default="8,inf; 32k: 4,inf"),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the model; DeepSeek-V2-Lite has 27.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each load is repeated.")] = 2,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Let vLLM compile as it does by default; starts take a minute or more longer."),
+    ] = False,
+    csv: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows, as each load ends.")
+    ] = None,
+    logs: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FOLDER", file_okay=False, help="Keep there what servers and client print."),
+    ] = None,
+) -> None:
+    """Serve a model with our backend and with vLLM's own, and ask the servers in turn with vLLM's own client.
+
+    Output tokens a second, time to the first token (TTFT) and time per further token (TPOT). Needs vLLM and a GPU that
+    holds all servers at once; the model has DeepSeek-V2-Lite's shape and random weights.
+    """
+    from mla_backend.bench import serve as benchmark
+    from mla_backend.bench import serve_cases
+    from mla_backend.bench.engine import MODEL, Engine
+    from mla_backend.bench.report import show_serve
+    from mla_backend.bench.serve_rows import OURS
+
+    peers = chosen_peers(against, serve_cases.PEERS)
+    try:
+        chosen = serve_cases.chosen_workloads(workloads, rates)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    experiment = serve_cases.Experiment(model=MODEL | {"num_hidden_layers": layers}, workloads=chosen, compile=compile)
+    engines = [Engine(backend=name) for name in (OURS, *peers)]
+    try:
+        rows, refusals = benchmark.run(engines, experiment, rounds=rounds, csv=csv, logs=logs)
+    except BenchmarkError as error:
+        raise fail(error) from None
+    show_serve(rows, refusals)
+
+
+@bench.command()
 def quality(
     model: Annotated[str, typer.Argument(help="A folder, such as examples/train_small_model.py writes, or a name.")],
     formats: Annotated[

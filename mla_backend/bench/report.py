@@ -5,7 +5,7 @@ import shutil
 from rich.console import Console
 from rich.table import Table
 
-from mla_backend.bench import prefill_cases
+from mla_backend.bench import prefill_cases, serve_rows
 from mla_backend.bench.results import (
     BEST,
     PEERS,
@@ -133,6 +133,45 @@ def engine_table(rows: list[dict], what: str = "step_ms") -> Table:
         ms = [times[requests, tokens, name] for name in backends]
         table.add_row(f"{requests} x {tokens}", f"{ms[0]:.3f}", *(f"{t:.3f} ({t / ms[0]:.2f}x)" for t in ms[1:]))
     return table
+
+
+def serve_table(rows: list[dict]) -> Table:
+    """A row for each load and backend; behind a peer's numbers how many times better ours are."""
+    first = rows[0]
+    table = Table(
+        title=f"vllm serve on {first['gpu']}, {first['date']}, vLLM {first['vllm']}, {first['layers']} layers",
+        caption="TTFT and TPOT: medians over requests, then over rounds. x: ours against it, more than 1 is a win."
+        " Below a load ours against the best other of each column.",
+    )
+    for name in ("workload", "requests/s", "backend"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "TTFT ms", "TPOT ms", "p99 TPOT ms", "tokens a check"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for load in serve_rows.loads(rows):
+        for row in load:
+            cells = [_beside(load[0], row, name) for name in serve_rows.MEASURES]
+            table.add_row(row["workload"], row["rate"], row["backend"], *cells, _shown(row["tokens_a_check"]))
+        if best := serve_rows.against_best(load):
+            table.add_row("", "", "ours against the best", *(f"{best[name]:.2f}x" for name in serve_rows.MEASURES))
+        table.add_section()
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _beside(ours: dict, row: dict, name: str) -> str:
+    value = _shown(row[name])
+    return value if row is ours else f"{value} ({serve_rows.advantage(name, ours[name], row[name]):.2f}x)"
+
+
+def show_serve(rows: list[dict], refusals: dict[str, str]) -> None:
+    """Print the table, then why a backend is not in it, or not everywhere."""
+    console = Console(width=max(150, shutil.get_terminal_size().columns), highlight=False)
+    console.print(serve_table(rows))
+    for reason in refusals.values():
+        console.print(f"left out: {reason}", markup=False)
 
 
 def quality_table(rows: list[dict]) -> Table:
