@@ -165,3 +165,11 @@ def select(operation: str, problem: Problem, device: Device, *, kernel: str = "a
         refused[candidate.name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
     raise UnsupportedMLA(f"no MLA {operation} kernel for {problem} on {device}\n{lines}")
+
+
+def by_name_alone(operation: str, problem: Problem, device: Device) -> dict[str, list[str]]:
+    """Kernels that no automatic choice comes to, those behind torch's, and what speaks against each here: no reasons
+    where it can be named."""
+    kernels = OPERATIONS[operation]
+    last = max(i for i, kernel in enumerate(kernels) if kernel.name.startswith("torch_"))
+    return {kernel.name: kernel.unsupported(problem, device) for kernel in kernels[last + 1 :]}

@@ -11,7 +11,17 @@ import torch
 from flashinfer_stand_in import Decode, Prefill
 from hopper_devices import H200
 
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, UnsupportedMLA, format_of, select
+from mla_kernels import (
+    OPERATIONS,
+    CacheLayout,
+    Device,
+    MLAGeometry,
+    Problem,
+    UnsupportedMLA,
+    by_name_alone,
+    format_of,
+    select,
+)
 from mla_kernels.testing import (
     LSE_TOLERANCE,
     TOLERANCE,
@@ -63,8 +73,8 @@ def test_taken_by_its_name_alone(stand_in, operation):
     """On an H200 it was not found to be faster; every other place is refused."""
     assert select(operation, problem_of(), H200, kernel=NAMES[operation]).kernel.name == NAMES[operation]
     assert not select(operation, problem_of(), H200).kernel.name.startswith("flashinfer")
-    names = [kernel.name for kernel in OPERATIONS[operation]]
-    assert names.index(NAMES[operation]) > names.index(f"torch_{operation}")
+    assert by_name_alone(operation, problem_of(), H200)[NAMES[operation]] == []
+    assert by_name_alone(operation, problem_of(), Device("cpu"))[NAMES[operation]] == ["needs sm_90, got cpu"]
 
 
 @both
