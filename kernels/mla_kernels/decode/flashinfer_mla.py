@@ -1,7 +1,7 @@
-"""FlashInfer's absorbed decode for Hopper (its backend "fa3"), by its name alone: our kernel there is as fast.
+"""FlashInfer's absorbed decode for Hopper (its backend "fa3"), taken by its name alone: it was not found to be faster.
 
 For each call the host reads the batch's lengths, lists its pages and plans (flashinfer_calls.py). So it runs in no
-CUDA graph, and the host can not run ahead of the GPU, which an engine pays for in every layer.
+CUDA graph, and in every layer the host waits for the GPU instead of running ahead of it.
 Where FlashInfer's kernels are not installed ready made (package flashinfer-jit-cache), its first plan compiles them
 with nvcc, for a minute or more; the warm-up before serving makes one.
 """

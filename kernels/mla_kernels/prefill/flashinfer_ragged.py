@@ -1,4 +1,5 @@
-"""FlashInfer's ragged prefill for Hopper (its backend "fa3") over heads of 128 + 64 and 128, by its name alone.
+"""FlashInfer's ragged prefill for Hopper (its backend "fa3") over heads of 128 + 64 and 128, taken by its
+name alone.
 
 It wants keys with both parts in one tensor, so they are concatenated here, and lengths on the host, which waits for the
 GPU in each call (flashinfer_calls.py). It knows no answer over other keys: what is accumulated is merged here.
