@@ -298,6 +298,14 @@ def test_prefill_into_outputs_of_its_own(stand_in):
     assert_matches("out", out, expected, TOLERANCE[F32])
 
 
+def test_prefill_into_a_misaligned_slice(stand_in):
+    case = make_prefill(geometry(), [17, 5])
+    wide, lse = torch.full((22, 3, 144), torch.nan), torch.empty(22, 3)
+    KERNELS["prefill"].run(*case.arrays, **case.options, out_TNV=wide[..., 2:130], lse_TN=lse)
+    assert_matches("out", wide[..., 2:130], case.reference()[0], TOLERANCE[F32])
+    assert int(wide.isnan().sum()) == 22 * 3 * 16, "wrote beside the output"
+
+
 def test_prefill_keeps_rows_of_nobody(stand_in):
     case = make_prefill(geometry(), [4, 3])
     q, *rest = case.arrays
