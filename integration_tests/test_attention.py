@@ -196,3 +196,22 @@ def test_scratch_of_a_small_server_is_enough_for_tiles(cache_dtype):
     _, ((rows,), _) = one.decode_workspace(1)
     assert one.decode_workspace(1) == one.decode_workspace(TILES_AT_ONCE)
     assert turns_of(rows, 4 * 16, TILES_AT_ONCE, 131072, 384).count < 64
+
+
+def test_kernels_that_plan_on_the_host_are_told(monkeypatch):
+    """FlashInfer's, when named: the start-up line says what they cost, and prefill what it takes for a moment."""
+    monkeypatch.setattr("mla_kernels.flashinfer_calls.find_spec", lambda name: True)
+    shape = MLAGeometry(num_heads=16, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    layout = CacheLayout(geometry=shape, format=format_of(torch.bfloat16), page_size=64)
+    problem, device = Problem(layout=layout, dtype=torch.bfloat16), Device("cuda", 90, "H200", 132)
+    plain = MLAAttention(problem, device, MLABackendConfig(), scale=1.0)
+    kernels = (("decode", "flashinfer_mla"), ("prefill", "flashinfer_ragged"))
+    named = MLABackendConfig(kernels=tuple((dict(MLABackendConfig().kernels) | dict(kernels)).items()))
+    attention = MLAAttention(problem, device, named, scale=1.0)
+    said = "; calls of flashinfer_mla, flashinfer_ragged wait for the GPU and fit no CUDA graph; 16 heads"
+    assert said in attention.describe(max_requests=8)
+    assert "128.0 MiB of scratch for decode" in attention.describe(max_requests=8)
+    assert "CUDA graph" not in plain.describe(max_requests=8)
+    assert attention.prefill_bytes(tokens=0, keys=100) == 100 * 16 * 192 * 2
+    assert plain.prefill_bytes(tokens=4096, keys=4096) == 0
+    assert attention.decode_variants(8, range(1, 4)) == [(1, 1)]

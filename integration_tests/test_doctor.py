@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from mla_backend.doctor import examine, selftest
 from mla_backend.findings import Examination
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, device_of, format_of, select
+from mla_kernels import OPERATIONS, CacheLayout, Device, Kernel, MLAGeometry, Problem, device_of, format_of, select
 from mla_kernels.device import default_place
 
 WHERE = default_place()
@@ -47,6 +48,12 @@ def test_a_model_that_it_can_serve(checkpoints):
     assert found["facts"]["cache"] == "bf16, 1152 bytes a token and layer, 2,304 in 2 layers: 465,984 tokens a GiB"
     agree = [one["what"] for one in found["findings"] if one["what"].endswith("agrees with the reference")]
     assert [what.partition(":")[0] for what in agree] == ["decode", "prefill", "cache write", "cache gather", "merge"]
+    others = {one["what"].partition(" (")[0]: one["what"] for one in found["findings"] if "only where" in one["what"]}
+    assert list(others) == [
+        "decode: only where MLA_BACKEND_DECODE names it: gluon_sm90_few",
+        "prefill: only where MLA_BACKEND_PREFILL names it: flashinfer_ragged",
+    ]
+    assert re.search(r"flashinfer_mla \((needs the package flashinfer, .*)?needs sm_90, got ", "".join(others.values()))
 
 
 def test_a_model_without_mla_as_a_report(tmp_path):
@@ -196,3 +203,14 @@ def test_a_kernel_that_raises_is_a_fault(monkeypatch):
 
     monkeypatch.setattr(choices()["decode"].kernel.load(), "run", run)
     assert "fails: RuntimeError: out of luck" in selftest.failure(choices()["decode"], problem(), WHERE)
+
+
+def test_a_kernel_that_fits_no_graph_is_a_warning(monkeypatch):
+    monkeypatch.setattr(Kernel, "capturable", False)
+    monkeypatch.setattr(examine, "OPERATIONS", ("decode", "prefill"))
+    result = Examination()
+    examine._kernels(result, problem(), WHERE, self_test=False)
+    (warning,) = (one for one in result.findings if one.level == "warning")
+    assert warning.what.startswith(f"decode: {choices()['decode'].kernel.name} waits for the GPU in each call")
+    assert "SGLang needs --disable-cuda-graph" in warning.change
+    assert result.could_serve

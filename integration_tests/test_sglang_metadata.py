@@ -18,6 +18,7 @@ from mla_backend.sglang_adapter.backend import SGLangMLABackend, _refuse
 from mla_backend.sglang_adapter.draft import MLAMultiStepDraft
 from mla_backend.sglang_adapter.metadata import PageTables
 from mla_backend.sglang_adapter.problem import shares_cache
+from mla_kernels import Kernel
 
 
 def fixture(mode=ForwardMode.DECODE, *, page_size=16, prefix_lens=(14, 15, 16), extend_lens=()):
@@ -80,6 +81,14 @@ def test_lengths_of_uniform_steps(mode, extend, seq_lens, query_len, padded):
     assert step.query_len == query_len
     assert step.query_start_B1 is None
     assert step.block_table_BM.shape[1] * 16 >= max(seq_lens)
+
+
+def test_graphs_are_refused_where_decode_plans_on_the_host(monkeypatch):
+    """SGLang asks for buffers before it captures anything."""
+    backend = fixture().backend
+    monkeypatch.setattr(Kernel, "capturable", False)
+    with pytest.raises(ValueError, match=r"MLA_BACKEND_DECODE=torch_decode, .*: set --disable-cuda-graph, or unset"):
+        backend.init_cuda_graph_state(8, 8)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

@@ -77,12 +77,15 @@ def test_ranks_that_share_the_cache_gather_whole_rounds(ranks, interleave):
     assert memory.step_bytes(shared, problem(16)) > memory.step_bytes(server(), problem(16))
 
 
-def implementation(heads: int, vllm_config, *, own_prefill=True) -> MLAImpl:
-    """A layer of a server; its __init__ wants an engine, and what is tested here wants these. No config is current, as
+def implementation(heads: int, vllm_config, *, own_prefill=True, beside=lambda tokens, keys: 0) -> MLAImpl:
+    """beside: what a call of the prefill kernel takes.
+
+    A layer of a server; its __init__ wants an engine, and what is tested here wants these. No config is current, as
     in steps of vLLM without requests."""
     made = object.__new__(MLAImpl)
     made._vllm_config = vllm_config
-    made.attention, made.own_prefill = SimpleNamespace(problem=problem(heads)), own_prefill
+    made.attention = SimpleNamespace(problem=problem(heads), prefill_bytes=lambda *, tokens, keys: beside(tokens, keys))
+    made.own_prefill = own_prefill
     made._scratch_shapes, made._device = (), torch.device("cpu")
     return made
 
@@ -110,6 +113,16 @@ def test_the_log_says_whether_there_is_room(monkeypatch, context, counted, said)
     config = server(context=context, requests=8)
     monkeypatch.setattr(compat, "counts_our_steps", lambda: counted)
     assert re.search(said, implementation(16, config)._say_memory(config))
+
+
+def test_a_prefill_kernel_may_take_more(monkeypatch):
+    """Of as many keys as a step's new tokens are, or a chunk of context, whichever is larger."""
+    plain = implementation(16, server())._step_memory(server())
+    more = implementation(16, server(), beside=lambda tokens, keys: 1000 * tokens + keys)._step_memory(server())
+    assert (more[0] - plain[0], more[1]) == (8192 * 1000 + CONTEXT_ROWS, plain[1])
+    many = server(tokens=20000)
+    most = implementation(16, many, beside=lambda tokens, keys: keys)._step_memory(many)
+    assert most[0] - implementation(16, many)._step_memory(many)[0] == 20000
 
 
 def test_scratch_without_the_memory_of_vllm_is_shared_and_reserved(monkeypatch):

@@ -69,8 +69,10 @@ class MLAAttention:
         split, gathered = self.problem.split_tokens, self.decode_problem.geometry.num_heads
         splits = f"; batch invariant, in splits of {split} tokens" if split else ""
         others = f", decode of {gathered} heads over a part of the cache" if self.decode_problem != self.problem else ""
+        waiting = [one.kernel.name for one in self.chosen.values() if not one.kernel.capturable]
+        waits = f"; calls of {', '.join(waiting)} wait for the GPU and fit no CUDA graph" if waiting else ""
         return (
-            f"{kernels}{why_not}; {self.problem.geometry}{others} on {self.device}; {layout.format.name} cache, "
+            f"{kernels}{why_not}{waits}; {self.problem.geometry}{others} on {self.device}; {layout.format.name} cache, "
             f"{layout.row_bytes} bytes a token and layer; "
             f"{self._scratch_bytes(max_requests) / 2**20:.1f} MiB of scratch for decode{splits}"
         )
@@ -87,9 +89,14 @@ class MLAAttention:
             self._workspaces[max_requests] = make(self.decode_problem, self.device, max_requests=most)
         return self._workspaces[max_requests]
 
+    def prefill_bytes(self, *, tokens: int, keys: int) -> int:
+        """Bytes that a call of the prefill kernel takes at most beside its arguments and outputs."""
+        step_bytes = getattr(self.chosen["prefill"].kernel.load(), "step_bytes", None)
+        return step_bytes(self.problem, tokens=tokens, keys=keys) if step_bytes else 0
+
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
         """(requests, query tokens) of decode calls that take every form which the kernel has for up to `max_requests`
-        requests of any of `query_lens` tokens. Of Triton kernels only: others are not compiled."""
+        requests of any of `query_lens` tokens. Of kernels for GPUs only: others are not compiled."""
         kernel = self.chosen["decode"].kernel.load()
         return kernel.variants(self.decode_problem, self.device, max_requests=max_requests, query_lens=query_lens)
 

@@ -10,7 +10,16 @@ from mla_kernels.cache_layout import (
     tensor_bytes,
 )
 from mla_kernels.device import Device, device_of
-from mla_kernels.dispatch import OPERATIONS, Kernel, Problem, Selection, UnsupportedMLA, select, split_for
+from mla_kernels.dispatch import (
+    OPERATIONS,
+    Kernel,
+    Problem,
+    Selection,
+    UnsupportedMLA,
+    by_name_alone,
+    select,
+    split_for,
+)
 from mla_kernels.geometry import MLAGeometry
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "Problem",
     "Selection",
     "UnsupportedMLA",
+    "by_name_alone",
     "device_of",
     "expanded_bytes_per_token",
     "format_of",

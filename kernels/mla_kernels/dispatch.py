@@ -99,14 +99,30 @@ class Kernel:
     def run(self) -> Callable:
         return self.load().run
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph that captured a call is right for other batches of as many requests."""
+        return getattr(self.load(), "CAPTURABLE", True)
 
-# Best first. These tuples are the whole selection policy. What stands behind torch, because no GPU has measured it yet,
-# is taken by its name alone: those before it take all that it takes.
+
+# Best first. These tuples are the whole selection policy. What stands behind torch is taken by its name alone, since
+# those before it take all that it takes: it was measured on no GPU yet, or (FlashInfer's) was not found to be faster.
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
-        "decode": ("decode.gluon_sm90", "decode.triton_splitkv", "decode.torch_decode", "decode.gluon_sm90_few"),
-        "prefill": ("prefill.gluon_sm90_ragged", "prefill.triton_ragged", "prefill.torch_prefill"),
+        "decode": (
+            "decode.gluon_sm90",
+            "decode.triton_splitkv",
+            "decode.torch_decode",
+            "decode.gluon_sm90_few",
+            "decode.flashinfer_mla",
+        ),
+        "prefill": (
+            "prefill.gluon_sm90_ragged",
+            "prefill.triton_ragged",
+            "prefill.torch_prefill",
+            "prefill.flashinfer_ragged",
+        ),
         "cache_write": ("cache.triton_write", "cache.torch_write"),
         "cache_gather": ("cache.triton_gather", "cache.torch_gather"),
         "merge": ("merge.triton_merge", "merge.torch_merge"),
@@ -149,3 +165,11 @@ def select(operation: str, problem: Problem, device: Device, *, kernel: str = "a
         refused[candidate.name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
     raise UnsupportedMLA(f"no MLA {operation} kernel for {problem} on {device}\n{lines}")
+
+
+def by_name_alone(operation: str, problem: Problem, device: Device) -> dict[str, list[str]]:
+    """Kernels that no automatic choice comes to, those behind torch's, and what speaks against each here: no reasons
+    where it can be named."""
+    kernels = OPERATIONS[operation]
+    last = max(i for i, kernel in enumerate(kernels) if kernel.name.startswith("torch_"))
+    return {kernel.name: kernel.unsupported(problem, device) for kernel in kernels[last + 1 :]}

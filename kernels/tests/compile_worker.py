@@ -397,7 +397,7 @@ def main(kind: str, arch: str, *only: str) -> None:
     for operation, kernels in OPERATIONS.items():
         for kernel in kernels:
             wanted = not only or operation in only or kernel.name in only
-            if wanted and not kernel.name.startswith("torch_"):
+            if wanted and not kernel.name.startswith(("torch_", "flashinfer_")):
                 for row in compile_kernel(operation, kernel, device):
                     print(json.dumps(row), flush=True)
 

@@ -8,7 +8,18 @@ from types import ModuleType
 import pytest
 import torch
 
-from mla_kernels import FORMATS, OPERATIONS, CacheLayout, Device, Kernel, MLAGeometry, Problem, UnsupportedMLA, select
+from mla_kernels import (
+    FORMATS,
+    OPERATIONS,
+    CacheLayout,
+    Device,
+    Kernel,
+    MLAGeometry,
+    Problem,
+    UnsupportedMLA,
+    by_name_alone,
+    select,
+)
 from mla_kernels.device import device_of, interpreting
 
 H200 = Device("cuda", 90, "NVIDIA H200", 132)
@@ -201,6 +212,17 @@ def test_automatic_choice(operation):
     plain = select(operation, problem_for(torch.float32, "fp32"), CPU)
     assert plain.kernel.name.startswith("torch_")
     assert all(plain.refused.values())
+
+
+def test_what_is_taken_by_its_name_alone():
+    """With what speaks against it here; no automatic choice says a word about it."""
+    told = {operation: by_name_alone(operation, PROBLEM, CPU) for operation in OPERATIONS}
+    assert {operation: list(names) for operation, names in told.items() if names} == {
+        "decode": ["gluon_sm90_few", "flashinfer_mla"],
+        "prefill": ["flashinfer_ragged"],
+    }
+    assert all("needs sm_90, got cpu" in reasons for names in told.values() for reasons in names.values())
+    assert by_name_alone("decode", PROBLEM, H200)["gluon_sm90_few"] == []
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from mla_backend.config import OPERATIONS, MLABackendConfig
+from mla_backend.config import OPERATIONS, MLABackendConfig, variable
 from mla_backend.doctor.selftest import failure
 from mla_backend.findings import Examination
-from mla_kernels import Device, Problem, UnsupportedMLA, device_of, select
+from mla_kernels import Device, Problem, UnsupportedMLA, by_name_alone, device_of, select
 from mla_kernels.device import default_place
 
 PACKAGES = ("mla-backend", "torch", "triton", "vllm", "sglang", "transformers", "flashinfer-python")
+NO_GRAPHS = (
+    "vLLM then leaves decode out of graphs by itself, or names the cudagraph_mode to change; SGLang needs "
+    "--disable-cuda-graph; or unset MLA_BACKEND_DECODE"
+)
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # distributions; the first that is installed is asked
 
 
@@ -52,6 +56,20 @@ def _kernels(result: Examination, problem: Problem, where: str, *, self_test: bo
             result.fault(f"{name}: {wrong}", "please report it with the output of --report")
         else:
             result.ok(f"{name}: {chosen}" + (", agrees with the reference" if self_test else ""))
+        if operation == "decode" and not chosen.kernel.capturable:
+            result.warn(
+                f"decode: {chosen.kernel.name} waits for the GPU in each call and fits no CUDA graph", NO_GRAPHS
+            )
+    _unchosen(result, problem, device)
+
+
+def _unchosen(result: Examination, problem: Problem, device: Device) -> None:
+    """Kernels that are taken by their names alone, and what speaks against each here."""
+    for operation in OPERATIONS:
+        others = by_name_alone(operation, problem, device)
+        said = [f"{name} ({', '.join(why) or 'would run here'})" for name, why in others.items()]
+        if said:
+            result.ok(f"{operation.replace('_', ' ')}: only where {variable(operation)} names it: {'; '.join(said)}")
 
 
 def _cache(problem: Problem, layers: int) -> str:

@@ -141,7 +141,14 @@ class SGLangMLABackend(AttentionBackend):
             )
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int):
-        """What captured graphs read: as large as they can ever need, at addresses that stay."""
+        """What captured graphs read: as large as they can ever need, at addresses that stay. Raises ValueError if no
+        graph can capture the kernel for decode."""
+        decode = self._attention(scale=self.problem.geometry.softmax_scale).chosen["decode"].kernel
+        if not decode.capturable:
+            raise ValueError(
+                f"--attention-backend {NAME} cannot be captured in CUDA graphs with MLA_BACKEND_DECODE={decode.name}, "
+                "which plans each batch on the host: set --disable-cuda-graph, or unset MLA_BACKEND_DECODE"
+            )
         self._graph = GraphBuffers(
             max_bs, self._draft_tokens, self.tables.most_pages, self.req_to_token_pool.req_to_token.device
         )

@@ -103,6 +103,15 @@ def _is_decoded(problem: Problem, vllm_config) -> bool:
     return True
 
 
+def is_captured(vllm_config) -> bool:
+    """Whether a CUDA graph can capture the kernel that decode takes. Of a server that `refusals` let pass."""
+    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    problem = make_problem(vllm_config, dtype=dtype, kv_cache_dtype=cache_dtype)
+    wanted = decode_problem(problem, vllm_config.parallel_config.decode_context_parallel_size)
+    named = MLABackendConfig.from_environment().kernel_for("decode")
+    return select("decode", wanted, device_of(vllm_config.device_config.device_type), kernel=named).kernel.capturable
+
+
 def decode_problem(problem: Problem, ranks: int) -> Problem:
     """What decode gets where `ranks` share the cache: the heads of all of them, and every query token as a request."""
     if ranks == 1:

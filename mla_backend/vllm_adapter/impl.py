@@ -99,7 +99,11 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     def _step_memory(self, vllm_config, models_layer: bool = False) -> tuple[int, int]:
         """Bytes that a step of ours takes beside scratch, none if prefill is not ours, and those that vLLM counts."""
         problem = self.attention.problem
-        ours = memory.step_bytes(vllm_config, problem) if self.own_prefill else 0
+        ours = 0
+        if self.own_prefill:
+            tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            keys = max(tokens, memory.context_rows(vllm_config))
+            ours = memory.step_bytes(vllm_config, problem) + self.attention.prefill_bytes(tokens=tokens, keys=keys)
         if models_layer:  # vLLM's profile leaves such a layer out
             return ours + memory.concatenated_bytes(vllm_config, problem), 0
         return ours, memory.profiled_bytes(vllm_config, problem)

@@ -27,6 +27,7 @@ from mla_backend.steps import (
     tile_tokens,
 )
 from mla_backend.vllm_adapter import compat, memory
+from mla_backend.vllm_adapter.backend import is_captured
 
 
 @dataclass
@@ -84,6 +85,13 @@ class MLAMetadataBuilder(MLACommonMetadataBuilder[MLAMetadata]):
             )
         self._impl = layers[0].impl  # all of them are alike
         self._plans_prefill = self._impl.own_prefill and not models_layers
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """vLLM captures no full graphs where one kernel cannot be captured: it says so and leaves attention between the
+        pieces of graphs, or out of them; with --enforce-eager or a cudagraph_mode that has no full graphs it need not.
+        """
+        return cls._cudagraph_support if is_captured(vllm_config) else AttentionCGSupport.NEVER
 
     @staticmethod
     def determine_chunked_prefill_workspace_size(vllm_config) -> int:
