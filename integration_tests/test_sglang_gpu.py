@@ -126,7 +126,7 @@ def test_speculation(tmp_path, checkpoints, oracle, page_size, topk):
     run = run_captured(tmp_path, folder, [batch, batch], NAME, page_size, dtype="float32", env=PLAIN, **speculation)
     for answers in run.rounds:
         assert_same_answers(answers, oracle(folder, batch))
-    assert run.metrics["avg_spec_accept_length"] > 3, run.metrics
+    assert run.metrics["avg_spec_accept_length"] > 1 + 3 / 2, run.metrics  # of three drafts more than half
 
 
 @pytest.mark.parametrize("page_size", [1, 64])
