@@ -202,6 +202,7 @@ LEAVES = {
     "hopper_convert": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
+    "hopper_few_launch": ("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_load", "schedule"),
     "hopper_launch": ("device", "hopper", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge"),
     "hopper_prefill": ("hopper", "primitives"),
 }
