@@ -198,12 +198,13 @@ def test_answers_that_are_missing(stand_ins, who):
     assert len(asked) > 4
 
 
-def test_sigterm_ends_servers(stand_ins):
-    servers, _ = stand_ins(answer=lambda options: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_servers(stand_ins, number):
+    servers, _ = stand_ins(answer=lambda options: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit):
         serve.run([OURS], Experiment(model=TINY, workloads=(SHORT,)))
     assert not servers[0].running
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def silent(connection, log):

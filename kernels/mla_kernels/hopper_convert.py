@@ -11,50 +11,24 @@ from mla_kernels.schedule import BLOCK, piece
 # hopper.SWIZZLED buffers, as words of two values: the same bytes.
 SWIZZLED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 
-# Four e4m3 codes of a word to two words of two values. float16 has an instruction for it. For bfloat16 the instructions
-# are too slow (16 conversions a clock and SM, against 64): codes become bfloat16 that are 2^-120 as large, by moving
-# bits, and the only code that is no number sets all bits of its value.
+# Four e4m3 codes of a word to two words of two float16: exact, and NaN stays NaN. There are 64 such conversions a clock
+# and SM, but 16 to bfloat16 (FlashMLA's notes on its fp8 kernel); by moving bits that took an H200 5200 clocks a block.
 TO_FLOAT16 = gl.constexpr("""{
 .reg .b16 low, high;
 mov.b32 {low, high}, $2;
 cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
-TO_BFLOAT16 = gl.constexpr("""{
-.reg .b32 nan, low, high, x, y, grow;
-mov.b32 grow, 0x7b807b80;
-and.b32 nan, $2, 0x7f7f7f7f;
-add.u32 nan, nan, 0x01010101;
-prmt.b32 low, $2, 0, 0x1404;
-prmt.b32 high, $2, 0, 0x3424;
-prmt.b32 x, nan, 0, 0x9988;
-prmt.b32 y, nan, 0, 0xbbaa;
-lop3.b32 x, low, 0x80008000, x, 0xea;
-lop3.b32 y, high, 0x80008000, y, 0xea;
-shr.u32 low, low, 4;
-shr.u32 high, high, 4;
-lop3.b32 x, low, 0x07f007f0, x, 0xea;
-lop3.b32 y, high, 0x07f007f0, y, 0xea;
-mul.rn.bf16x2 $0, x, grow;
-mul.rn.bf16x2 $1, y, grow;
-}""")
-
-
-@gluon.jit
-def _values_of(codes, dtype: gl.constexpr):
-    """Words of four e4m3 codes, [rows, words], as words of two values of `dtype`: [rows, 2 * words]."""
-    TEXT: gl.constexpr = TO_BFLOAT16 if dtype == gl.bfloat16 else TO_FLOAT16
-    low, high = gl.inline_asm_elementwise(
-        TEXT, "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )  # fmt: skip
-    return gl.join(low, high).reshape([codes.shape[0], 2 * codes.shape[1]])
 
 
 @gluon.jit
 def _put(buffer, codes):
-    """Write words of codes into a buffer of values, for matrix instructions to read."""
+    """Write words of four e4m3 codes, [rows, words], into a buffer of float16, for matrix instructions to read."""
+    low, high = gl.inline_asm_elementwise(
+        TO_FLOAT16, "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )  # fmt: skip
     words = reinterpret(buffer, gl.int32, [codes.shape[0], 2 * codes.shape[1]], SWIZZLED_WORDS)
-    words.store(_values_of(codes, buffer.dtype))
+    words.store(gl.join(low, high).reshape([codes.shape[0], 2 * codes.shape[1]]))
     fence_async_shared()
 
 
@@ -83,7 +57,7 @@ def _codes(row, first, words, real):
 def convert_keys(
     cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows of an fp8 cache as values of the buffers' dtype, without its scale.
+    """Four warps: rows of an fp8 cache as float16, without its scale.
 
     A block of codes is on its way from memory, in registers, while the one before it is converted: its pages were read
     before that.

@@ -39,6 +39,49 @@ def _copy_q(target, q_ptr, strides8, token, rows, column, N: gl.constexpr, F: gl
 
 
 @gluon.jit
+def _read_q(q_ptr, strides8, token, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
+    """Columns column .. column + WIDTH - 1 of the query rows in registers; zeros where no row is."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
+    i = gl.arange(0, F, gl.SliceLayout(1, lay))
+    r = token * N + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    return gl.load(q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None], other=0.0)
+
+
+@gluon.jit
+def _largest(x):
+    x = x.to(gl.float32)
+    return gl.max(gl.maximum(x, -x), 1)
+
+
+@gluon.jit
+def _shrunk(x, shrink):
+    return (x.to(gl.float32) * shrink[:, None]).to(gl.float16)
+
+
+@gluon.jit
+def _put_q(q, token, rows, N: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
+    """Write the query rows as float16, each divided by a power of two that brings its largest value to 1 or 2: float16
+    ends at 65504, and below 2^-14 it loses bits. Returns these powers.
+    """
+    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    left = _read_q(q_latent_ptr, latent_strides8, token, rows, 0, N, F, HALF)
+    right = _read_q(q_latent_ptr, latent_strides8, token, rows, HALF, N, F, HALF)
+    largest = gl.maximum(_largest(left), _largest(right))
+    if R > 0:
+        rope = _read_q(q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
+        largest = gl.maximum(largest, _largest(rope))
+    power = gl.where(largest > 0, gl.floor(gl.log2(largest)), 0.0)
+    shrink = gl.exp2(-power)
+    q_s.index(0).store(_shrunk(left, shrink))
+    q_s.index(1).store(_shrunk(right, shrink))
+    if R > 0:
+        q_rope_s.store(_shrunk(rope, shrink))
+    return gl.exp2(power)
+
+
+@gluon.jit
 def _scale_of(scale_ptr):
     """The scale of an fp8 cache, 1 where there is none."""
     scale = 1.0
@@ -49,12 +92,13 @@ def _scale_of(scale_ptr):
 
 @gluon.jit
 def _attend_block(
-    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope_s, smem,
+    b, top, total, block, sees, all_see, scale_log2, columns_scale, q_s, q_rope_s, smem,
     F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the queries' references, and sums of weights that no thread has
     added to another's yet: [64, F].
 
+    scale_log2, columns_scale: one factor of all scores, twice, or one for each query, as [F] and [1, F].
     The reference may lag behind the largest score by LAZY, as in hopper_decode.py.
     """
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
@@ -78,7 +122,7 @@ def _attend_block(
     new_top = gl.where(grows, high, top)
     rescale = gl.exp2(top - new_top)
     grew = gl.max(grows.to(gl.int32), 0)
-    weight = gl.exp2(s * scale_log2 - new_top[None, :])
+    weight = gl.exp2(s * columns_scale - new_top[None, :])
     mbarrier.wait(smem.weight_empty, (block & 1) ^ 1)
     smem.weight.store(weight.to(smem.weight.dtype))
     smem.factor.store(rescale)
@@ -92,8 +136,9 @@ def _attend_block(
 def attend(
     q, lse, scale_log2, scale_ptr, work, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
+    CONVERT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16."""
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
@@ -108,12 +153,19 @@ def attend(
             request, shared, lengths, gl.program_id(1), 0, 0, N, F, RAGGED, 0
         )
         if rows > 0:
-            for half in gl.static_range(2):
-                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, rows, half * HALF, N, F, HALF)
-            if R > 0:
-                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
-            async_copy.commit_group()
-            async_copy.wait_group(0)
+            if CONVERT:
+                power = gl.convert_layout(_put_q(q, token, rows, N, F, R), query_lay)
+                factor = scale_log2 * cache_scale * power
+                columns_factor = factor[None, :]
+            else:
+                for half in gl.static_range(2):
+                    _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, rows, half * HALF, N, F, HALF)
+                if R > 0:
+                    _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
+                async_copy.commit_group()
+                async_copy.wait_group(0)
+                factor = scale_log2 * cache_scale
+                columns_factor = factor
             fence_async_shared()
             barrier()
             all_see = seq_len - tokens + 1
@@ -122,7 +174,7 @@ def attend(
             total = gl.zeros([BLOCK, F], gl.float32, s_lay)
             for b in range(begin, end):
                 top, total = _attend_block(
-                    b, top, total, block, sees, all_see, scale_log2 * cache_scale, q_s, q_rope_s, smem, F, R, GATHER
+                    b, top, total, block, sees, all_see, factor, columns_factor, q_s, q_rope_s, smem, F, R, GATHER
                 )
                 block += 1
             sum_of_query = gl.sum(total, 0)

@@ -101,13 +101,24 @@ def test_a_code_that_is_no_number_stays_one(kernel, code):
     assert out[0, 0, 77].isnan()
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-13, 2.0**-7, 1.0, 2.0**7], ids=str)
+def test_queries_of_any_magnitude(kernel, magnitude):
+    """Of heads that differ by a factor of 8, in a format that ends at 2^16 and gets coarse below 2^-14."""
+    case = make(3, [200, 30], needles=False, **FP8)
+    for part in case.arrays[:2]:
+        part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
+    case.options["scale"] /= 64 * magnitude
+    check(kernel, case)
+
+
 def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
     check(kernel, with_large_scores())
 
 
 MISTAKES = {
-    "the scale is left out of scores": ("scale_log2 * cache_scale, q_s", "scale_log2, q_s"),
+    "the scale is left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * power"),
+    "powers of queries are left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * cache_scale"),
     "the scale is left out of outputs": ("smem.last.store(cache_scale / safe)", "smem.last.store(1.0 / safe)"),
     "a query sees one key too many": ("sees = seq_len - tokens + i // N", "sees = seq_len - tokens + 1 + i // N"),
     "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),

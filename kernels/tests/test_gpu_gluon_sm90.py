@@ -13,10 +13,10 @@ TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left
 KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90")
 
 
-@pytest.fixture(autouse=True)
-def queries_are_rows(monkeypatch):
-    """Of the matrix instructions, however few they are: test_gpu_gluon_few.py has those that are columns."""
-    monkeypatch.setattr(KERNEL.load(), "_FEW_ROWS", 0)
+@pytest.fixture(autouse=True, params=[0, 32], ids=["rows", "columns"])
+def few_rows(monkeypatch, request):
+    """Up to which queries are columns of the matrix instructions: never, and as it is."""
+    monkeypatch.setattr(KERNEL.load(), "_FEW_ROWS", request.param)
 
 
 def geometry(heads=16, rope=64):

@@ -42,12 +42,18 @@ def free_bytes() -> int:
 
 @contextlib.contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM, which `timeout` sends, ends this process as Ctrl-C does: no server is left behind on the GPU."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """SIGTERM, which `timeout` sends, and SIGHUP of a lost terminal end this process as Ctrl-C does: no server is left
+    behind on the GPU."""
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number, _frame) -> None:
+    sys.exit(128 + number)
 
 
 def run(
@@ -120,8 +126,8 @@ class _Measuring:
                 for rate in workload.rates:
                     self.measure_load(ready, workload, rate, facts)
         finally:
-            self.client.stop()
             stop(started)
+            self.client.stop()
 
     def wait(self, starting: list[Server]) -> list[Server]:
         """Those that are ready, in the order given."""
@@ -154,7 +160,7 @@ class _Measuring:
         for server in servers[::-1] if back else list(servers):
             given = arguments(workload, rate=rate, seed=seed, url=server.url, model=self.model)
             try:
-                found = self.client.ask(given, seconds=RUN_SECONDS)
+                found = self.client.ask(given, seconds=RUN_SECONDS + workload.prompts / rate)
                 need_all(found, workload)
             except BenchmarkError as error:
                 self.lose(server, servers, server.error(f"{workload.name}, {rate:g} requests/s: {error}"))

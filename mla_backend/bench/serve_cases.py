@@ -139,7 +139,7 @@ def chosen_workloads(names: str, rates: str | None, known: tuple[Workload, ...] 
 
 def parsed_rates(text: str) -> tuple[float, ...]:
     try:
-        rates = tuple(float(rate) for rate in text.split(","))
+        rates = tuple(dict.fromkeys(float(rate) for rate in text.split(",")))
     except ValueError:
         rates = ()
     if not rates or not all(rate > 0 for rate in rates):

@@ -4,7 +4,8 @@
      tokens from the lengths on the device (schedule.py). One warp (four, if pages fit no TMA box) copies their cache
      rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
-     has no more than 32 query rows, the products are transposed (hopper_few.py): half as long or less.
+     has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as
+     long then, or less.
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py). It is launched while
      the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
      after may not know how to wait.
