@@ -127,6 +127,7 @@ def serve(prompts: list[list[int]], device: str):
 def compare(tokenizer, prompts: list[Prompt], expected, answers, tolerance: float) -> bool:
     """Print what was generated beside how far transformers' answer is from it. Returns whether they agree."""
     table = Table("prompt", "vLLM with mla_backend continues", "tokens equal", "logprobs differ by", show_lines=True)
+    table.columns[1].overflow = "fold"
     good = True
     for prompt, want, (tokens, logprobs) in zip(prompts, expected, answers, strict=True):
         equal = sum(a == b for a, b in zip(tokens, want.tokens, strict=True))
