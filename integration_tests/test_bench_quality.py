@@ -37,8 +37,16 @@ def test_a_note_stands_where_it_is_said_to(distance):
 def test_a_text_that_is_too_short_for_a_note():
     with pytest.raises(ValueError, match="a note 64 tokens back and 4 others need 95 tokens of text, got 60"):
         NOTES.recall([0] * 60, 64, random.Random(0))
-    with pytest.raises(ValueError, match="3 texts of 10 tokens need 30 tokens, got 29"):
-        quality_tasks.pieces([0] * 29, 10, 3)
+    with pytest.raises(ValueError, match="texts of 10 tokens need so many of the standard library, got 9"):
+        quality_tasks.pieces([0] * 9, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts"), [(10, [0, 0, 0]), (20, [0, 5, 10]), (29, [0, 9, 18]), (30, [0, 10, 20]), (51, [0, 20, 40])]
+)
+def test_texts_overlap_only_where_there_is_too_little(tokens, starts):
+    assert quality_tasks.pieces(list(range(tokens)), 10, 3) == [list(range(i, i + 10)) for i in starts]
+    assert quality_tasks.pieces(list(range(tokens)), 10, 1) == [list(range(10))]
 
 
 def test_notes_to_train_on_come_twice():

@@ -83,12 +83,13 @@ def run_on_a_terminal(example: str, *, cwd, **environment) -> str:
 def test_demo(tmp_path):
     pytest.importorskip("vllm")
     pytest.importorskip("rich")
-    shown = run_on_a_terminal("demo.py", cwd=tmp_path, MLA_DEMO_FOLDER=str(tmp_path / "model"))
+    shown = run_on_a_terminal("demo.py", cwd=tmp_path)
     assert "equal: the tokens of transformers, log-probabilities within" in shown
     assert "mla_backend 0.1.0: decode" in shown
     assert "INFO" not in shown, "vLLM's log belongs into a file"
-    assert shown.count("24 of 24") == 4
-    for operation in ("cache write", "prefill", "decode"):
+    assert shown.count("32 of 32") == 4
+    assert "whether the file" in shown, "code that reads like the file's own"
+    for operation in ("cache write", "cache gather", "prefill", "decode"):
         assert re.search(rf"{operation}\W+(torch|triton)_\w+\W+[1-9]", shown), shown
 
 
@@ -198,10 +199,15 @@ def test_tiny_checkpoint(tmp_path):
 
 def test_train_small_model(tmp_path):
     small = ("--minutes", "0.03", "--tokens-a-step", "512", "--longest", "512", "--files", "60")
+    from safetensors.torch import load_file
+
     shown = run("train_small_model.py", "models/small", *small, cwd=tmp_path)
     assert re.search(r"\d% +step 1 .* tokens of 512  loss \d", shown), shown
     assert re.search(r"512 tokens: perplexity \d+\.\d+, \d of 8 notes found", shown), shown
-    assert (tmp_path / "models/small/model.safetensors").stat().st_size < 6_000_000
+    for folder in (tmp_path / "models/small", EXAMPLES / "small_model"):
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 6_000_000
+        tensors = load_file(folder / "model.safetensors")
+        assert tensors["lm_head.weight"].equal(tensors["model.embed_tokens.weight"]), "vLLM wants both"
 
 
 def test_transformers_oracle(tmp_path, model, answer):

@@ -22,11 +22,19 @@ HELD_OUT = 16  # one file in so many
 
 def texts(*, held_out: bool) -> Iterator[str]:
     """Files of the standard library, those held out or the others, in the order of their names."""
-    folder = pathlib.Path(sysconfig.get_path("stdlib"))
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder)
+    for path in sorted(_folder().rglob("*.py")):
+        name = path.relative_to(_folder())
         if name.parts[0] not in ("site-packages", "dist-packages") and _is_held_out(name) == held_out:
-            yield path.read_text(encoding="utf-8", errors="ignore")
+            yield text_of(name)
+
+
+def text_of(name: str | pathlib.PurePath) -> str:
+    """One file of the standard library."""
+    return (_folder() / name).read_text(encoding="utf-8", errors="ignore")
+
+
+def _folder() -> pathlib.Path:
+    return pathlib.Path(sysconfig.get_path("stdlib"))
 
 
 def _is_held_out(name: pathlib.PurePath) -> bool:
@@ -34,10 +42,13 @@ def _is_held_out(name: pathlib.PurePath) -> bool:
 
 
 def pieces(stream: list[int], length: int, count: int) -> list[list[int]]:
-    """`count` parts of `length` tokens, evenly spread over the stream. Raises ValueError where it is too short."""
-    if len(stream) < length * count:
-        raise ValueError(f"{count} texts of {length} tokens need {count * length} tokens, got {len(stream)}")
-    apart = len(stream) // count
+    """`count` parts of `length` tokens, evenly spread from the stream's begin to its end.
+
+    They overlap where the stream is shorter than all of them. Raises ValueError where it is shorter than one.
+    """
+    if len(stream) < length:
+        raise ValueError(f"texts of {length} tokens need so many of the standard library, got {len(stream)}")
+    apart = (len(stream) - length) // max(1, count - 1)
     return [stream[i * apart : i * apart + length] for i in range(count)]
 
 
