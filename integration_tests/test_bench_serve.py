@@ -199,7 +199,9 @@ def test_answers_that_are_missing(stand_ins, who):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_servers(stand_ins, number):
+def test_signals_end_servers(stand_ins, number, request):
+    before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it
+    request.addfinalizer(lambda: signal.signal(number, before))
     servers, _ = stand_ins(answer=lambda options: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit):
         serve.run([OURS], Experiment(model=TINY, workloads=(SHORT,)))

@@ -38,7 +38,7 @@ def test_what_the_warm_up_leaves_out_is_compiled_while_serving(tmp_path, checkpo
     """So the test above can fail."""
     env = {STAND_IN: "H200", FORGET: "decode"}
     run = run_sglang(tmp_path, checkpoints(), varied_rounds(8)[:2], env=env, dtype="bfloat16")
-    assert "_decode_kernel" in [name for name, _ in run.watch["late"]]
+    assert any(name.startswith("_decode_") for name, _ in run.watch["late"])
 
 
 @pytest.mark.gpu

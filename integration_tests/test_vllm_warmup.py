@@ -43,6 +43,4 @@ def test_nothing_is_compiled_while_serving(engine, checkpoints, device, options)
 def test_what_the_warm_up_leaves_out_is_compiled_while_serving(engine, checkpoints, operation):
     """So the test above can fail."""
     run = engine(checkpoints(), varied_rounds(20)[:2], dtype="bfloat16", env={STAND_IN: "H200", FORGET: operation})
-    assert {"decode": "_decode_kernel", "prefill": "_prefill_kernel"}[operation] in [
-        name for name, _ in run.watch["late"]
-    ]
+    assert any(name.startswith(f"_{operation}_") for name, _ in run.watch["late"])

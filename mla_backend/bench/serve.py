@@ -44,7 +44,9 @@ def free_bytes() -> int:
 def ended_in_order() -> Iterator[None]:
     """SIGTERM, which `timeout` sends, and SIGHUP of a lost terminal end this process as Ctrl-C does: no server is left
     behind on the GPU."""
-    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # One that is ignored, as `nohup` has SIGHUP, stays so.
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _end) for number in heard}
     try:
         yield
     finally:
