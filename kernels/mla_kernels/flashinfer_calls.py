@@ -12,8 +12,6 @@ import torch
 
 from mla_kernels.device import Device
 
-LN_2 = 0.6931471805599453  # FlashInfer's LSE has base 2
-
 _KEPT: dict[str, tuple[tuple, object]] = {}
 
 

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from mla_kernels.device import Device
-from mla_kernels.flashinfer_calls import LN_2, aligned, clear_blind, ints, is_aligned, kept, on_host, refusals
-from mla_kernels.primitives import decode_outputs, require_adjacent, scratch
+from mla_kernels.flashinfer_calls import aligned, clear_blind, ints, is_aligned, kept, on_host, refusals
+from mla_kernels.primitives import LN_2, decode_outputs, require_adjacent, scratch
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages, G tokens a page, M pages a
 # request, U pages that a batch uses.
@@ -112,7 +112,7 @@ def _attend(wrapper, queries, cache_AGK, block_table_BM, lens, starts, scale, ou
     )
     if not writable:
         out_TNL.copy_(answer_TNL)
-    torch.mul(lse2_TN, LN_2, out=lse_TN)
+    torch.mul(lse2_TN, LN_2.value, out=lse_TN)  # FlashInfer's has base 2
     clear_blind(out_TNL, lse_TN, starts, lens, causal=True)
 
 

@@ -23,7 +23,7 @@ def unsupported(problem, device: Device) -> list[str]:
         reasons.append(f"needs bfloat16 or float16 queries, and a cache of the same or of float8_e4m3fn, got {got}")
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
-    most = (COLUMNS_FP8 if layout.format.dtype == E4M3 else COLUMNS)[-1]
+    most = max(COLUMNS_FP8 if layout.format.dtype == E4M3 else COLUMNS)
     if (rows := geometry.num_heads * problem.max_query_len) > most:
         reasons.append(f"needs heads x query tokens of {most} or less with this cache, got {rows}")
     if problem.split_tokens:

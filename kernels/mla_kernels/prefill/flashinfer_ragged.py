@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 
 from mla_kernels.device import Device
-from mla_kernels.flashinfer_calls import LN_2, aligned, clear_blind, ints, is_aligned, kept, on_host, refusals
-from mla_kernels.primitives import prefill_outputs, require_adjacent
+from mla_kernels.flashinfer_calls import aligned, clear_blind, ints, is_aligned, kept, on_host, refusals
+from mla_kernels.primitives import LN_2, prefill_outputs, require_adjacent
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value.
 
@@ -76,7 +76,7 @@ def _attend(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_starts, key_starts, scal
         # Without what lies behind the last key: weights of a block are 0 there, and 0 times NaN is NaN.
         k_SNQ = torch.cat([k_nope_SNP[:keys], k_rope_SNR[:keys]], -1)
         wrapper.run(aligned(q_TNQ), k_SNQ, aligned(v_SNV[:keys]), out=out_TNV, lse=lse_TN, return_lse=True)
-        lse_TN *= LN_2
+        lse_TN *= LN_2.value  # FlashInfer's has base 2
     clear_blind(out_TNV, lse_TN, query_starts, key_lens, causal=causal)
     return lse_TN
 
