@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 import mla_kernels
 import mla_kernels.device
-from mla_kernels import Device
+from mla_kernels import Device, launching
 
 DEVICES = {
     "H200": Device("cuda", 90, "H200", 132, False, 141 << 30),
@@ -76,6 +76,7 @@ def gluon_sm90_ragged():
 def start_anew() -> None:
     """Nothing was ever compiled."""
     COMPILED.clear()
+    launching.forget()
     gluon_sm90_ragged()._COMPILED.clear()
     for function in _FUNCTIONS:
         function.device_caches.clear()

@@ -195,16 +195,20 @@ LEAVES = {
     "flashinfer_calls": ("device",),
     "hopper": ("device",),
     "schedule": ("hopper",),
-    "split_merge": ("primitives",),
-    "splits": ("primitives",),
+    "launching": ("device",),
+    "split_merge": ("launching", "primitives"),
+    "splits": ("launching", "primitives"),
     "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
     "hopper_convert": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
-    "hopper_few_launch": ("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_load", "schedule"),
-    "hopper_launch": ("device", "hopper", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge"),
+    "hopper_few_launch": (
+        *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_load", "launching", "schedule"),
+    ),
+    "hopper_launch": ("device", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
     "hopper_prefill": ("hopper", "primitives"),
+    "tma": ("hopper",),
 }
 
 

@@ -84,11 +84,16 @@ def default_place() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def is_rocm() -> bool:
+    """Whether PyTorch is built for AMD's GPUs."""
+    return torch.version.hip is not None
+
+
 @cache
 def cuda_device(index: int) -> Device:
     """The CUDA or ROCm device number `index`."""
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
+    if is_rocm():
         arch = properties.gcnArchName.split(":")[0]
         return Device(
             "hip", arch, properties.name, properties.multi_processor_count, interpreting(), properties.total_memory

@@ -13,6 +13,7 @@ from mla_kernels.hopper_convert import convert_keys
 from mla_kernels.hopper_decode import allocate, write_plan
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
+from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
 
 # Query rows of a tile, which are columns here. With 32 and an fp8 cache roles would need more registers than there are.
@@ -70,18 +71,19 @@ def columns_of(rows: int) -> int:
     return next(columns for columns in COLUMNS if rows <= columns)
 
 
-def _warps(launch) -> tuple[int, int, int]:
+def _warps(prepared) -> tuple[int, int, int]:
     """Warps of the loader, registers of its threads, and of those that add values up. The others get what is left."""
-    if launch.codes:
+    if prepared.codes:
         return 4, 112, 88
-    return (4, 56, 136) if launch.gather else (1, 40, 144)
+    return (4, 56, 136) if prepared.gather else (1, 40, 144)
 
 
-def decode_few(launch, rows: int, parts: int, part, part_lse, plan, cache_scale=None) -> None:
-    """Start it for up to max(COLUMNS) query rows of a request. `launch` is hopper_launch.prepare_launch's."""
-    loader_warps, loader_registers, adder_registers = _warps(launch)
-    _decode_few_kernel[(1, parts)](
-        *launch.before_parts, parts, *launch.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns_of(rows), GATHER=launch.gather, CONVERT=launch.codes, **launch.constants,
+def decode_few(prepared, rows: int, parts: int, part, part_lse, plan, cache_scale=None) -> None:
+    """Start it for up to max(COLUMNS) query rows of a request. `prepared` is hopper_launch.prepare_launch's."""
+    loader_warps, loader_registers, adder_registers = _warps(prepared)
+    launch(
+        _decode_few_kernel, (1, parts),
+        *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
+        F=columns_of(rows), GATHER=prepared.gather, CONVERT=prepared.codes, **prepared.constants,
         LOADER_WARPS=loader_warps, LOADER_REGS=loader_registers, ADDER_REGS=adder_registers, num_warps=4,
     )  # fmt: skip

@@ -3,15 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper import SWIZZLED
 from mla_kernels.hopper_decode import ROWS
 from mla_kernels.hopper_load import LATENT, TILE
 from mla_kernels.primitives import E4M3, LOG2_E, decode_outputs, require_adjacent
 from mla_kernels.schedule import BLOCK
 from mla_kernels.split_merge import plan_size
+from mla_kernels.tma import describe
 
 _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
@@ -49,9 +48,9 @@ def _describe(cache_AGK: torch.Tensor, stride_page: int):
     if (page_size % BLOCK.value and page_size not in _TMA_SMALL_PAGES) or stride_page % stride_token:
         return None, 0
     page_rows = stride_page // stride_token
-    rows = cache_AGK.as_strided(((pages - 1) * page_rows + page_size, width), (stride_token, 1))
-    box = [min(page_size, BLOCK.value), TILE.value]
-    return TensorDescriptor.from_tensor(rows, box, SWIZZLED.value), page_rows
+    rows = (pages - 1) * page_rows + page_size
+    box = (min(page_size, BLOCK.value), TILE.value)
+    return describe(cache_AGK.data_ptr(), cache_AGK.dtype, (rows, width), stride_token, box), page_rows
 
 
 class Launch(NamedTuple):

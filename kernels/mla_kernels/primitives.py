@@ -11,6 +11,16 @@ E4M3 = torch.float8_e4m3fn
 PACKED = torch.uint8  # of a cache of tile-scaled rows: see cache_layout.PackedRow
 
 
+def cdiv(a: int, b: int) -> int:
+    """As triton.cdiv, of which every call costs the host a microsecond."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """As triton.next_power_of_2, of one and more."""
+    return 1 << (n - 1).bit_length()
+
+
 def refusals(device, *, cache: torch.dtype | None = None, **dtypes) -> list[str]:
     """Why plain Triton kernels cannot run on `device` with these dtypes, given by what users call the tensors."""
     reasons = []

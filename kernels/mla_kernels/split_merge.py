@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from mla_kernels.primitives import LN_2
+from mla_kernels.launching import launch
+from mla_kernels.primitives import LN_2, cdiv
 
 _PROGRAMS_PER_SM = 8
 
@@ -101,9 +102,10 @@ def merge_parts(
     max_cuts = min(requests, parts)
     pieces, block_r, columns = merge_form(requests, parts, rows)
     columns = min(L, columns)
-    units = triton.cdiv(rows, block_r) * (L // columns)
+    units = cdiv(rows, block_r) * (L // columns)
     starts = plan if query_start_B1 is None else query_start_B1  # not read where all have as many
-    _merge_kernel[(min(_PROGRAMS_PER_SM * num_sms, max_cuts * units),)](
+    launch(
+        _merge_kernel, (min(_PROGRAMS_PER_SM * num_sms, max_cuts * units),),
         out_TNL, lse_TN, part_SML, part_lse_SM, plan, starts, query_len, rows, units,
         out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1),
         N=N, L=L, RAGGED=query_start_B1 is not None,

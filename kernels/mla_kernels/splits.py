@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from mla_kernels.launching import launch
 from mla_kernels.primitives import LN_2, scratch
 
 # Query rows of partial answers that a server keeps room for: 256 MiB of them if the latent is 512 wide.
@@ -170,7 +171,8 @@ def merge_splits(
     requests, rows = len(seq_lens_B), query_len * N
     columns = merge_columns(requests, rows, L)
     starts = seq_lens_B if query_start_B1 is None else query_start_B1  # not read where all have as many
-    _merge_splits_kernel[(rows, requests, L // columns)](
+    launch(
+        _merge_splits_kernel, (rows, requests, L // columns),
         out_TNL, lse_TN, part, part_lse, seq_lens_B, starts, query_len, turns.window, turn,
         out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1),
         N=N, L=L, SPLIT=split_tokens, RAGGED=query_start_B1 is not None, CHUNK=_CHUNK,

@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mla_kernels.device
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, split_for
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, launching, split_for
 from mla_kernels.testing import make_decode, make_pool, make_prefill, make_so_far, pack_cache
 
 GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
@@ -145,6 +145,7 @@ def compiled_instead_of_launched(device: Device):
         return kernel
 
     driver.set_active(TargetOnly(device))
+    launching.BY_TABLE = False  # every launch shall be seen
     # The log of Triton's own call of ptxas: the right one of its several tools, and the options that it gave.
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     # An engine may listen to what is compiled (vLLM does), and then Triton writes every constant as JSON.

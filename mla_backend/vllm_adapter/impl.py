@@ -14,7 +14,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_man
 
 from mla_backend.attention import LAYER_OPERATIONS, MLAAttention
 from mla_backend.config import MLABackendConfig
-from mla_backend.scratch import Scratch
+from mla_backend.scratch import Scratch, scratch_bytes
 from mla_backend.steps import tile_tokens
 from mla_backend.vllm_adapter import compat, memory
 from mla_backend.vllm_adapter.backend import (
@@ -76,6 +76,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         config = MLABackendConfig.from_environment()
         self.attention = _attention(problem, device, config, self.scale, self._max_requests, self._ranks)
         self._scratch_shapes = tuple(self.attention.decode_workspace(self._max_requests))
+        self._scratch_bytes, self._slices = scratch_bytes(self._scratch_shapes), None
         self._device = torch.device(vllm_config.device_config.device)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self.own_prefill = _claim_prefill(vllm_config.attention_config)
@@ -85,9 +86,15 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         none, on a CPU, of memory of our own."""
         if not self._scratch_shapes:
             return []
-        if is_workspace_manager_initialized():
+        if not is_workspace_manager_initialized():
+            return _own_scratch(self._device, self._scratch_shapes).take(self._scratch_shapes)
+        if not current_workspace_manager().is_locked():  # slices that we kept would keep what it grew out of
             return current_workspace_manager().get_simultaneous(*self._scratch_shapes)
-        return _own_scratch(self._device, self._scratch_shapes).take(self._scratch_shapes)
+        (whole,) = current_workspace_manager().get_simultaneous(((self._scratch_bytes,), torch.uint8))
+        if self._slices is None or self._slices[0] != whole.data_ptr():
+            slices = current_workspace_manager().get_simultaneous(*self._scratch_shapes)
+            self._slices = whole.data_ptr(), slices
+        return self._slices[1]
 
     def reserve_workspace(self) -> None:
         """vLLM (0.33) profiles memory, or runs a step without requests: take for a moment what a step takes beyond what
@@ -171,14 +178,11 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         if kv_cache.numel() == 0:  # memory is being profiled: there is no cache yet
             return
         slots = slot_mapping.flatten()
-        tokens = min(len(slots), len(kv_c_normed))  # either may be padded for a graph
-        self.attention.write(
-            kv_c_normed[:tokens],
-            k_pe[:tokens].flatten(1),
-            self._pages(kv_cache),
-            slots[:tokens],
-            cache_scale=None if skip_scale else k_scale,
-        )
+        if len(slots) != len(kv_c_normed):  # either may be padded for a graph
+            tokens = min(len(slots), len(kv_c_normed))
+            kv_c_normed, k_pe, slots = kv_c_normed[:tokens], k_pe[:tokens], slots[:tokens]
+        scale = None if skip_scale else k_scale
+        self.attention.write(kv_c_normed, k_pe.flatten(1), self._pages(kv_cache), slots, cache_scale=scale)
 
     def _pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """The cache in its own dtype: vLLM hands over any fp8 cache as bytes where it is written."""

@@ -11,12 +11,15 @@ import triton.language as tl
 
 from mla_kernels.cache_layout import TILE, packed_row
 from mla_kernels.device import Device
+from mla_kernels.launching import launch
 from mla_kernels.primitives import (
     as_codes,
+    cdiv,
     from_cache,
     load_packed_rope,
     load_scale,
     load_tile_scales,
+    next_power_of_2,
     refusals,
     require_adjacent,
 )
@@ -76,10 +79,11 @@ def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_le
     K = out_SK.shape[1]
     row = packed_row(cache_AGK, K)
     values, rope_at, rope = (row.latent, row.rope_at, row.rope) if row else (K, 0, 0)
-    _gather_kernel[(triton.cdiv(max_key_len, _TOKENS), B)](
+    launch(
+        _gather_kernel, (cdiv(max_key_len, _TOKENS), B),
         as_codes(cache_AGK), block_table_BM, starts_B, key_start_B1, cache_scale, out_SK,
         cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), out_SK.stride(0),
         K=values, PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS,
-        ROPE_AT=rope_at, R=rope, R_PAD=triton.next_power_of_2(max(rope, 1)), num_warps=4,
+        ROPE_AT=rope_at, R=rope, R_PAD=next_power_of_2(max(rope, 1)), num_warps=4,
     )  # fmt: skip
     return out_SK

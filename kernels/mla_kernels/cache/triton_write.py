@@ -12,7 +12,8 @@ import triton.language as tl
 
 from mla_kernels.cache_layout import LEAST_SCALE, TILE, packed_row
 from mla_kernels.device import Device
-from mla_kernels.primitives import as_codes, load_scale, refusals, require_adjacent, to_cache
+from mla_kernels.launching import launch
+from mla_kernels.primitives import as_codes, cdiv, load_scale, next_power_of_2, refusals, require_adjacent, to_cache
 
 # Shape suffixes: T new tokens, A pages in the pool, G tokens a page, L latent, R rope, K = L + R.
 
@@ -90,9 +91,10 @@ def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     if tokens == 0:
         return
     row = packed_row(cache_AGK, L + R)
-    _write_kernel[(triton.cdiv(tokens, _TOKENS),)](
+    launch(
+        _write_kernel, (cdiv(tokens, _TOKENS),),
         kv_latent_TL, k_rope_TR, as_codes(cache_AGK), slots_T, cache_scale, tokens, pages * page_size,
         kv_latent_TL.stride(0), k_rope_TR.stride(0), cache_AGK.stride(0), cache_AGK.stride(1), slots_T.stride(0),
-        L=L, L_PAD=triton.next_power_of_2(L), R=R, R_PAD=triton.next_power_of_2(max(R, 1)),
+        L=L, L_PAD=next_power_of_2(L), R=R, R_PAD=next_power_of_2(max(R, 1)),
         PAGE=page_size, BLOCK_T=_TOKENS, ROPE_AT=row.rope_at if row else 0, num_warps=4,
     )  # fmt: skip

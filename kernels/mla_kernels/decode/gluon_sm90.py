@@ -25,6 +25,7 @@ from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend, write_
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
+from mla_kernels.launching import launch
 from mla_kernels.primitives import reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts
@@ -152,19 +153,19 @@ def run(
     split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
-    launch = prepare_launch(
+    prepared = prepare_launch(
         q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B,
         scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
     )  # fmt: skip
-    out_TNL, lse_TN = launch.outputs
-    if launch.empty:
+    out_TNL, lse_TN = prepared.outputs
+    if prepared.empty:
         return out_TNL, lse_TN
-    device, gather, requests = launch.device, launch.gather, len(seq_lens_B)
+    device, gather, requests = prepared.device, prepared.gather, len(seq_lens_B)
     rows = query_len * q_latent_TNL.shape[1]
     parts = parts_of(rows, device)
-    before_scratch = (*launch.before_parts, parts, *launch.behind_parts)
+    before_scratch = (*prepared.before_parts, parts, *prepared.behind_parts)
     gather_registers = 40 if split_tokens else 32
-    constants = launch.constants | {
+    constants = prepared.constants | {
         "GATHER": gather, "num_warps": 4, "LOADER_WARPS": 4 if gather else 1,
         "LOADER_REGS": gather_registers if gather or cache_AGK.shape[1] < BLOCK.value else 24,
     }  # fmt: skip
@@ -172,9 +173,9 @@ def run(
     if split_tokens is None:
         part, part_lse, plan = scratch(workspace, scratch_shapes(scratch_rows(rows, device), device), cache_AGK.device)
         if rows <= _FEW_ROWS:
-            decode_few(launch, rows, parts, part, part_lse, plan)
+            decode_few(prepared, rows, parts, part, part_lse, plan)
         else:
-            _decode_kernel[grid](*before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
+            launch(_decode_kernel, grid, *before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
             query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
@@ -185,8 +186,8 @@ def run(
         workspace, (rows, LATENT.value), block_table_BM, cache_AGK, split_tokens=split_tokens
     )
     for turn in range(turns.count):
-        _decode_kernel[grid](
-            *before_scratch, part, part_lse, None, rows, turn, turns.window,
+        launch(
+            _decode_kernel, grid, *before_scratch, part, part_lse, None, rows, turn, turns.window,
             SPLIT=split_tokens // BLOCK.value, **constants,
         )  # fmt: skip
         merge_splits(

@@ -62,22 +62,22 @@ def run(
     cache_scale=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
-    launch = prepare_launch(
+    prepared = prepare_launch(
         q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B,
         scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
     )  # fmt: skip
-    out_TNL, lse_TN = launch.outputs
-    if launch.empty:
+    out_TNL, lse_TN = prepared.outputs
+    if prepared.empty:
         return out_TNL, lse_TN
     rows = query_len * q_latent_TNL.shape[1]
-    parts = parts_of(rows, launch.device)
+    parts = parts_of(rows, prepared.device)
     part, part_lse, plan = scratch(
-        workspace, scratch_shapes(scratch_rows(rows, launch.device), launch.device), cache_AGK.device
+        workspace, scratch_shapes(scratch_rows(rows, prepared.device), prepared.device), cache_AGK.device
     )
-    decode_few(launch, rows, parts, part, part_lse, plan, cache_scale)
+    decode_few(prepared, rows, parts, part, part_lse, plan, cache_scale)
     merge_parts(
         out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-        query_len=query_len, rows=rows, requests=len(seq_lens_B), parts=parts, num_sms=launch.device.num_sms,
+        query_len=query_len, rows=rows, requests=len(seq_lens_B), parts=parts, num_sms=prepared.device.num_sms,
         overlap=True,
     )  # fmt: skip
     return out_TNL, lse_TN

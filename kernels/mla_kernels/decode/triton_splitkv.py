@@ -18,6 +18,7 @@ import triton.language as tl
 
 from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
+from mla_kernels.launching import launch
 from mla_kernels.primitives import (
     E4M3,
     LN_2,
@@ -307,12 +308,14 @@ def run(
     if split_tokens is None:
         needed = _scratch_shapes(_scratch_rows(*sizes), L, B)
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
-        _splitkv_kernel[(row_tiles, pieces + B)](
+        launch(
+            _splitkv_kernel, (row_tiles, pieces + B),
             *inputs, part, part_lse, plan, cache_scale, scale * LOG2_E.value, query_len, B, pieces, *strides,
             **constants,
         )  # fmt: skip
         columns = _merge_columns(L, B * query_len * N)
-        _merge_kernel[(query_len * N, B, L // columns)](
+        launch(
+            _merge_kernel, (query_len * N, B, L // columns),
             out_TNL, lse_TN, part, part_lse, plan, starts, query_len, row_tiles * tile.rows, *out_strides,
             BLOCK_S=_MERGE_VALUES // columns, COLUMNS=columns, **common, num_warps=4,
         )  # fmt: skip
@@ -320,7 +323,8 @@ def run(
 
     part, part_lse, turns = prepare(workspace, (query_len * N, L), block_table_BM, cache_AGK, split_tokens=split_tokens)
     for turn in range(turns.count):
-        _fixed_splits_kernel[(row_tiles, min(pieces, turns.most_splits))](
+        launch(
+            _fixed_splits_kernel, (row_tiles, min(pieces, turns.most_splits)),
             *inputs, part, part_lse, cache_scale, scale * LOG2_E.value, query_len, B, turns.window, turn, *strides,
             SPLIT=split_tokens, **constants,
         )  # fmt: skip

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from mla_kernels.device import Device
-from mla_kernels.primitives import refusals, require_adjacent
+from mla_kernels.launching import launch
+from mla_kernels.primitives import cdiv, next_power_of_2, refusals, require_adjacent
 
 # Shape suffixes: T query tokens, N heads, V value. In the kernel: a row is query * N + head.
 
@@ -66,9 +67,10 @@ def run(out_TNV, lse_TN, part_TNV, part_lse_TN):
     T, N, V = out_TNV.shape
     if T == 0:
         return out_TNV, lse_TN
-    _merge_kernel[(triton.cdiv(T * N, _ROWS),)](
+    launch(
+        _merge_kernel, (cdiv(T * N, _ROWS),),
         out_TNV, lse_TN, part_TNV, part_lse_TN, T * N,
         *out_TNV.stride()[:2], *lse_TN.stride(), *part_TNV.stride()[:2], *part_lse_TN.stride(),
-        N=N, V=V, V_PAD=triton.next_power_of_2(V), BLOCK=_ROWS, num_warps=4,
+        N=N, V=V, V_PAD=next_power_of_2(V), BLOCK=_ROWS, num_warps=4,
     )  # fmt: skip
     return out_TNV, lse_TN

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mla_kernels.device import Device, device_of
+from mla_kernels.launching import launch
 from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, prefill_outputs, refusals, require_adjacent
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. In kernels:
@@ -242,7 +243,8 @@ def run(
     (P1, P2), (V1, V2) = _ranges(P), _ranges(V)
     R_PAD = max(16, triton.next_power_of_2(R)) if R else 0
     tile = _tile(device, q_TNQ.element_size(), P1 + P2 + R_PAD, V1 + V2)
-    _prefill_kernel[(triton.cdiv(max_query_len, tile.queries), N, len(query_start_B1) - 1)](
+    launch(
+        _prefill_kernel, (triton.cdiv(max_query_len, tile.queries), N, len(query_start_B1) - 1),
         q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN, scale * LOG2_E.value,
         *q_TNQ.stride()[:2], *k_nope_SNP.stride()[:2], *k_rope_SNR.stride()[:2], *v_SNV.stride()[:2],
         *out_TNV.stride()[:2], *lse_TN.stride(),

@@ -1,0 +1,28 @@
+"""TMA descriptors, made once for the same memory: layers of a model get theirs again and again."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mla_kernels.hopper import SWIZZLED
+
+
+class _Memory(NamedTuple):
+    """What a descriptor knows of a tensor: no reference, which would keep it from being freed."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(1024)
+def describe(address: int, dtype: torch.dtype, shape: tuple[int, int], row_stride: int, box: tuple[int, int]):
+    """Of `shape` rows and columns at `address`, a multiple of 16 bytes; `box` of them are copied at once.
+
+    Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes.
+    """
+    return TensorDescriptor(_Memory(address, dtype), list(shape), [row_stride, 1], list(box), SWIZZLED.value)

@@ -1,0 +1,40 @@
+"""Launches past Triton: the code that Triton would have taken, for every kind of argument."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mla_kernels.launching import launch
+
+WORKER = pathlib.Path(__file__).parent / "launching_worker.py"
+
+
+def test_the_code_that_triton_takes():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, WORKER], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert not result["differences"]
+    assert result["codes"] > 100
+    assert result["seen"] < result["launches"] / 10, "Triton saw launches that were in the table"
+
+
+@triton.jit
+def _add_kernel(x_ptr, number, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(x_ptr + i, tl.load(x_ptr + i) + number)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_the_interpreter():
+    x = torch.zeros(8)
+    for number in (1, 2):
+        launch(_add_kernel, (1,), x, number, N=8)
+    assert x.tolist() == [3] * 8
