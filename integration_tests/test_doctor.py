@@ -50,7 +50,7 @@ def test_a_model_that_it_can_serve(checkpoints):
     assert [what.partition(":")[0] for what in agree] == ["decode", "prefill", "cache write", "cache gather", "merge"]
     others = {one["what"].partition(" (")[0]: one["what"] for one in found["findings"] if "only where" in one["what"]}
     assert list(others) == [
-        "decode: only where MLA_BACKEND_DECODE names it: gluon_sm90_few",
+        "decode: only where MLA_BACKEND_DECODE names it: flashinfer_mla",
         "prefill: only where MLA_BACKEND_PREFILL names it: flashinfer_ragged",
     ]
     assert re.search(r"flashinfer_mla \((needs the package flashinfer, .*)?needs sm_90, got ", "".join(others.values()))

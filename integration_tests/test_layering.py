@@ -204,9 +204,10 @@ LEAVES = {
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
     "hopper_few_launch": (
-        *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_load", "launching", "schedule"),
+        *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
+        "schedule",
     ),
-    "hopper_launch": ("device", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
+    "hopper_launch": ("device", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
     "hopper_prefill": ("hopper", "primitives"),
     "tma": ("hopper",),
 }

@@ -20,8 +20,7 @@ H200 = Device("cuda", 90, "NVIDIA H200", 132, False, 141 << 30)
         ("auto", None, "auto", 4),  # tiles of 64 query rows
         ("auto", "FLASH_ATTN", "auto", 1),
         ("gluon_sm90", None, "auto", 4),
-        ("gluon_sm90_few", None, "auto", 1),  # takes 32 query rows
-        ("gluon_sm90_few", None, "fp8", 1),
+        ("gluon_sm90", None, "fp8", 4),
         ("no_such_kernel", None, "auto", 4),
     ],
 )

@@ -106,8 +106,7 @@ class Kernel:
 
 
 # Best first. These tuples are the whole selection policy. What stands behind torch is taken by its name alone, since
-# those before it take all that it takes. FlashInfer's was not found to be faster. gluon_sm90_few is, with an fp8 cache,
-# but takes fewer query tokens than engines ask of decode, unless it is named.
+# those before it take all that it takes: FlashInfer's was not found to be faster.
 OPERATIONS: dict[str, tuple[Kernel, ...]] = {
     operation: tuple(Kernel(module=f"mla_kernels.{path}") for path in paths)
     for operation, paths in {
@@ -115,7 +114,6 @@ OPERATIONS: dict[str, tuple[Kernel, ...]] = {
             "decode.gluon_sm90",
             "decode.triton_splitkv",
             "decode.torch_decode",
-            "decode.gluon_sm90_few",
             "decode.flashinfer_mla",
         ),
         "prefill": (

@@ -1,6 +1,7 @@
 """The roles of the Hopper decode kernel for few query rows: everything transposed.
 
-A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns:
+A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns; so are
+those of a tile of 16 where a cache is fp8, however many tiles there are:
 
   load_keys, gather_keys or convert_keys   fills k, half a block at a time, when it is empty
   attend                                   k times query: scores [64 keys, F queries]; softmax weights into `weight`
@@ -28,23 +29,23 @@ from mla_kernels.schedule import BLOCK, piece
 
 
 @gluon.jit
-def _copy_q(target, q_ptr, strides8, token, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
+def _copy_q(target, q_ptr, strides8, token, row0, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
     """Start copying columns column .. column + WIDTH - 1 of the query rows."""
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
     i = gl.arange(0, F, gl.SliceLayout(1, lay))
-    r = token * N + i
+    r = token * N + row0 + i
     offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
     cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
 
 
 @gluon.jit
-def _read_q(q_ptr, strides8, token, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
+def _read_q(q_ptr, strides8, token, row0, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
     """Columns column .. column + WIDTH - 1 of the query rows in registers; zeros where no row is."""
     lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
     i = gl.arange(0, F, gl.SliceLayout(1, lay))
-    r = token * N + i
+    r = token * N + row0 + i
     offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
     return gl.load(q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None], other=0.0)
 
@@ -61,16 +62,16 @@ def _shrunk(x, shrink):
 
 
 @gluon.jit
-def _put_q(q, token, rows, N: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
+def _put_q(q, token, row0, rows, N: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
     """Write the query rows as float16, each divided by a power of two that brings its largest value to 1 or 2: float16
     ends at 65504, and below 2^-14 it loses bits. Returns these powers.
     """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
-    left = _read_q(q_latent_ptr, latent_strides8, token, rows, 0, N, F, HALF)
-    right = _read_q(q_latent_ptr, latent_strides8, token, rows, HALF, N, F, HALF)
+    left = _read_q(q_latent_ptr, latent_strides8, token, row0, rows, 0, N, F, HALF)
+    right = _read_q(q_latent_ptr, latent_strides8, token, row0, rows, HALF, N, F, HALF)
     largest = gl.maximum(_largest(left), _largest(right))
     if R > 0:
-        rope = _read_q(q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
+        rope = _read_q(q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
         largest = gl.maximum(largest, _largest(rope))
     power = gl.where(largest > 0, gl.floor(gl.log2(largest)), 0.0)
     shrink = gl.exp2(-power)
@@ -142,6 +143,7 @@ def attend(
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
+    row0 = gl.program_id(0) * F
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
     i = gl.arange(0, F, query_lay)
@@ -150,18 +152,18 @@ def attend(
     pieces = 0
     for request in range(shared[0], shared[2] + 1):
         begin, end, seq_len, token, tokens, rows, slot, _ = piece(
-            request, shared, lengths, gl.program_id(1), 0, 0, N, F, RAGGED, 0
+            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
         )
         if rows > 0:
             if CONVERT:
-                power = gl.convert_layout(_put_q(q, token, rows, N, F, R), query_lay)
+                power = gl.convert_layout(_put_q(q, token, row0, rows, N, F, R), query_lay)
                 factor = scale_log2 * cache_scale * power
                 columns_factor = factor[None, :]
             else:
                 for half in gl.static_range(2):
-                    _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, rows, half * HALF, N, F, HALF)
+                    _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF)
                 if R > 0:
-                    _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, rows, 0, N, F, TILE)
+                    _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
                 async_copy.commit_group()
                 async_copy.wait_group(0)
                 factor = scale_log2 * cache_scale
@@ -169,7 +171,7 @@ def attend(
             fence_async_shared()
             barrier()
             all_see = seq_len - tokens + 1
-            sees = seq_len - tokens + i // N  # position of the query itself: the last key it may see
+            sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             top = gl.full([F], NOTHING, gl.float32, query_lay)
             total = gl.zeros([BLOCK, F], gl.float32, s_lay)
             for b in range(begin, end):
@@ -185,11 +187,11 @@ def attend(
             pieces += 1
             query_lse = gl.where(sum_of_query > 0, top + gl.log2(safe), float("-inf"))
             if slot < 0:
-                r = token * N + i
+                r = token * N + row0 + i
                 at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
                 gl.store(lse_ptr + at_row, query_lse * LN_2, mask=i < rows)
             else:
-                gl.store(part_lse_ptr + slot * rows_per_slot + i, query_lse, mask=i < rows)
+                gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, query_lse, mask=i < rows)
 
 
 @gluon.jit
@@ -209,11 +211,11 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
 
 
 @gluon.jit
-def _store(acc, ptr, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr):
+def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr):
     """Write a [256, F] accumulator's columns that are queries. Row r of the target is token + r // N and head r % N."""
     lay: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, 8], [0, 1])  # a warp has whole rows of the target
     i = gl.arange(0, F, gl.SliceLayout(0, lay))
-    r = token * N + i
+    r = token * N + row0 + i
     at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
     pointer = ptr + at_row[None, :] + gl.arange(0, HALF, gl.SliceLayout(1, lay))[:, None]
     gl.store(pointer, gl.convert_layout(acc, lay).to(ptr.dtype.element_ty), mask=(i < rows)[None, :])
@@ -226,13 +228,14 @@ def accumulate(
     """Two warpgroups: values times weights. Each holds half of the rows of either half of the output."""
     out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
     shared, lengths = work
+    row0 = gl.program_id(0) * F
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, o_lay)
     block = 0
     pieces = 0
     for request in range(shared[0], shared[2] + 1):
         begin, end, seq_len, token, _, rows, slot, _ = piece(
-            request, shared, lengths, gl.program_id(1), 0, 0, N, F, RAGGED, 0
+            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
         )
         if rows > 0:
             acc0 = gl.zeros([HALF, F], gl.float32, o_lay)
@@ -247,8 +250,8 @@ def accumulate(
             acc0 = acc0 * last
             acc1 = acc1 * last
             if slot < 0:
-                _store(acc0, out_ptr, rows, token, stride_out_t, stride_out_n, N, F)
-                _store(acc1, out_ptr + HALF, rows, token, stride_out_t, stride_out_n, N, F)
+                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F)
+                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F)
             else:
-                _store(acc0, part_ptr, rows, slot * rows_per_slot, LATENT, 0, 1, F)
-                _store(acc1, part_ptr + HALF, rows, slot * rows_per_slot, LATENT, 0, 1, F)
+                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F)
+                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F)

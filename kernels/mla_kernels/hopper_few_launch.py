@@ -1,4 +1,5 @@
-"""The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
+"""The launch of Hopper's decode for few query rows, or an fp8 cache: keys are rows of the matrix instructions, queries
+columns.
 
 Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
 hopper_convert.py has the one that reads an fp8 cache.
@@ -12,6 +13,7 @@ from mla_kernels.hopper import barrier
 from mla_kernels.hopper_convert import convert_keys
 from mla_kernels.hopper_decode import allocate, write_plan
 from mla_kernels.hopper_few import accumulate, attend
+from mla_kernels.hopper_launch import parts_of, row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
@@ -44,7 +46,8 @@ def _decode_few_kernel(
     shared, pieces, cuts, cuts_before = share(
         seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
     )  # fmt: skip
-    write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
+    if gl.program_id(0) == 0:
+        write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
     barrier()
 
     work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
@@ -66,9 +69,9 @@ def _decode_few_kernel(
     )
 
 
-def columns_of(rows: int) -> int:
-    """Of the smallest tile for so many query rows."""
-    return next(columns for columns in COLUMNS if rows <= columns)
+def columns_of(rows: int, codes: bool) -> int:
+    """Of a tile for so many query rows, and a cache of codes or of values."""
+    return next((columns for columns in (COLUMNS_FP8 if codes else COLUMNS) if rows <= columns), COLUMNS_FP8[-1])
 
 
 def _warps(prepared) -> tuple[int, int, int]:
@@ -78,12 +81,17 @@ def _warps(prepared) -> tuple[int, int, int]:
     return (4, 56, 136) if prepared.gather else (1, 40, 144)
 
 
-def decode_few(prepared, rows: int, parts: int, part, part_lse, plan, cache_scale=None) -> None:
-    """Start it for up to max(COLUMNS) query rows of a request. `prepared` is hopper_launch.prepare_launch's."""
+def decode_few(prepared, rows: int, part, part_lse, plan, cache_scale) -> None:
+    """Start it for `rows` query rows of a request: up to max(COLUMNS), or any number with an fp8 cache.
+
+    prepared: hopper_launch.prepare_launch's.   part, part_lse, plan: scratch for tiles of `columns_of` rows.
+    """
+    columns = columns_of(rows, prepared.codes)
+    parts = parts_of(rows, columns, prepared.device)
     loader_warps, loader_registers, adder_registers = _warps(prepared)
     launch(
-        _decode_few_kernel, (1, parts),
+        _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns_of(rows), GATHER=prepared.gather, CONVERT=prepared.codes, **prepared.constants,
+        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, **prepared.constants,
         LOADER_WARPS=loader_warps, LOADER_REGS=loader_registers, ADDER_REGS=adder_registers, num_warps=4,
     )  # fmt: skip

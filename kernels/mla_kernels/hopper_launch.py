@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper_decode import ROWS
 from mla_kernels.hopper_load import LATENT, TILE
 from mla_kernels.primitives import E4M3, LOG2_E, decode_outputs, require_adjacent
 from mla_kernels.schedule import BLOCK
@@ -15,17 +14,18 @@ from mla_kernels.tma import describe
 _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 
-def row_tiles(rows: int) -> int:
-    return -(-rows // ROWS.value)
+def row_tiles(rows: int, height: int) -> int:
+    """Tiles of `height` query rows that a request has."""
+    return -(-rows // height)
 
 
-def parts_of(rows: int, device: Device) -> int:
+def parts_of(rows: int, height: int, device: Device) -> int:
     """Parts that the batch is cut into, so that every tile of query rows has one program for each."""
-    return max(1, device.num_sms // row_tiles(rows))
+    return max(1, device.num_sms // row_tiles(rows, height))
 
 
-def scratch_rows(rows: int, device: Device) -> int:
-    parts = parts_of(rows, device)
+def scratch_rows(rows: int, height: int, device: Device) -> int:
+    parts = parts_of(rows, height, device)
     return 2 * parts * rows if parts > 1 else 0  # one part has the whole batch: no request is cut
 
 

@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument(
         "--names",
         nargs="+",
-        default=["gluon_sm90", "gluon_sm90_few", "gluon_sm90_ragged"],
+        default=["gluon_sm90", "gluon_sm90_ragged"],
         help="operations or kernels",
     )
     options = parser.parse_args()

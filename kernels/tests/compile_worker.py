@@ -46,12 +46,8 @@ MOST_SPILLED = 1024
 # Hopper kernels, and their functions that multiply. They spill nothing, but for a few words outside of decode's loops
 # where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine
 # pins yet).
-HOPPER = {
-    "gluon_sm90": "_decode_kernel",
-    "gluon_sm90_few": "_decode_few_kernel",
-    "gluon_sm90_ragged": "_prefill_kernel",
-}
-HOPPER_SPILLED = {("gluon_sm90", "3.7"): 16, ("gluon_sm90", "3.9"): 128, ("gluon_sm90_few", "3.9"): 16}
+HOPPER = {"gluon_sm90": ("_decode_kernel", "_decode_few_kernel"), "gluon_sm90_ragged": ("_prefill_kernel",)}
+HOPPER_SPILLED = {("_decode_kernel", "3.7"): 16, ("_decode_kernel", "3.9"): 128, ("_decode_few_kernel", "3.9"): 16}
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 
@@ -81,7 +77,7 @@ GLUON_SM90 = (
     (16, 1, 1, 64, BF16, 384),
     (5, [1, 4], 48, 0, BF16, 256),
 )
-# As above; of the cache too.
+# As above, where products are transposed; and the dtype of the cache.
 GLUON_SM90_FEW = (
     (16, 1, 64, 64, BF16, BF16),
     (32, 1, 16, 64, FP16, FP16),
@@ -91,6 +87,7 @@ GLUON_SM90_FEW = (
     (16, 1, 1, 64, BF16, FP8),
     (3, [1, 4], 128, 0, BF16, FP8),
     (4, 4, 48, 64, FP16, FP8),
+    (128, 4, 64, 64, BF16, FP8),
 )
 GATHERED = (1, 48)
 
@@ -277,8 +274,8 @@ def faults(row: dict) -> list[str]:
     if row["shared"] > row["limit"]:
         wrong.append(f"at most {row['limit']} bytes of shared memory, got {row['shared']}")
     hopper = row["kernel"] in HOPPER
-    most = HOPPER_SPILLED.get((row["kernel"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
-    crowded = "fixed splits" in row["variant"] or row["kernel"] == "gluon_sm90_few"
+    most = HOPPER_SPILLED.get((row["function"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
+    crowded = "fixed splits" in row["variant"] or row["function"] == "_decode_few_kernel"
     if crowded and (row["page_size"] in GATHERED or row["cache"] == "fp8"):
         most = max(most, GATHER_SPILLED)
     if row["spilled"] > most:
@@ -289,7 +286,7 @@ def faults(row: dict) -> list[str]:
     if row["unordered_arrivals"]:
         wrong.append(f"every arrival behind its group's barrier, got {row['unordered_arrivals']} that are not")
     count = row["instructions"]
-    if row["function"] == HOPPER[row["kernel"]]:
+    if row["function"] in HOPPER[row["kernel"]]:
         copies = () if row["cache"] == "fp8" else ("ARRIVES",) if row["page_size"] in GATHERED else ("UTMALDG",)
         wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", *copies) if not count[name]]
     unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
@@ -305,7 +302,7 @@ def problem_of(geometry, dtype, page_size: int, cache_dtype=None, max_query_len:
 def decode_variants():
     from mla_kernels.decode import gluon_sm90
 
-    gluon_sm90._FEW_ROWS = 0  # what it does with few rows is gluon_sm90_few's
+    few_rows, gluon_sm90._FEW_ROWS = gluon_sm90._FEW_ROWS, 0  # what it does with few rows: below
     for heads, query_len, page_size, rope, dtype, *split in GLUON_SM90:
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
@@ -315,9 +312,7 @@ def decode_variants():
         name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}{', fixed splits' * bool(split)}"
         case.options.update({"split_tokens": split[0]} if split else {})
         yield name, problem_of(geometry, dtype, page_size), partial(launch_case, case=case)
-
-
-def decode_few_variants():
+    gluon_sm90._FEW_ROWS = few_rows
     for heads, query_len, page_size, rope, dtype, cache_dtype in GLUON_SM90_FEW:
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
@@ -326,7 +321,7 @@ def decode_few_variants():
         options["cache_scale"] = 0.5 if cache_dtype == FP8 and page_size == 64 else None
         case = make_decode(geometry, [70, 4], query_lens=query_len, **options)
         tokens = "ragged" if isinstance(query_len, list) else f"query {query_len}"
-        name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}"
+        name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}, transposed"
         problem = problem_of(geometry, dtype, page_size, cache_dtype, case.options["query_len"])
         yield name, problem, partial(launch_case, case=case)
 
@@ -343,11 +338,7 @@ def prefill_variants():
             yield name, problem_of(geometry, dtype, 64), partial(launch_ragged, case=case, accumulate=accumulate)
 
 
-HOPPER_VARIANTS = {
-    "gluon_sm90": decode_variants,
-    "gluon_sm90_few": decode_few_variants,
-    "gluon_sm90_ragged": prefill_variants,
-}
+HOPPER_VARIANTS = {"gluon_sm90": decode_variants, "gluon_sm90_ragged": prefill_variants}
 
 
 def variants(operation: str, kernel: str, device: Device):

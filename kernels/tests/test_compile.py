@@ -12,7 +12,7 @@ import pytest
 
 WORKER = pathlib.Path(__file__).with_name("compile_worker.py")
 TARGETS = (("cuda", "80"), ("cuda", "86"), ("cuda", "89"), ("cuda", "90"), ("hip", "gfx942"))
-HOPPER = ("gluon_sm90", "gluon_sm90_few", "gluon_sm90_ragged")
+HOPPER = ("gluon_sm90", "gluon_sm90_ragged")
 NAMES = ("triton_splitkv", "triton_ragged", "cache_write cache_gather merge")  # of operations, or of kernels
 
 
@@ -40,8 +40,7 @@ def test_compiles_for(target, names, tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "functions"),
     [
-        ("gluon_sm90", {"_decode_kernel", "_merge_kernel", "_merge_splits_kernel"}),
-        ("gluon_sm90_few", {"_decode_few_kernel", "_merge_kernel"}),
+        ("gluon_sm90", {"_decode_kernel", "_decode_few_kernel", "_merge_kernel", "_merge_splits_kernel"}),
         ("gluon_sm90_ragged", {"_prefill_kernel"}),
     ],
 )

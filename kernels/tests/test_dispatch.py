@@ -161,7 +161,7 @@ def test_unknown_operation_names_the_known_ones():
 
 @pytest.mark.parametrize("name", ["flashinfer", "", "mla_kernels.decode.triton_splitkv", "AUTO"])
 def test_unknown_kernel_names_the_known_ones(name):
-    known = "auto, gluon_sm90, triton_splitkv, torch_decode, gluon_sm90_few"
+    known = "auto, gluon_sm90, triton_splitkv, torch_decode"
     with pytest.raises(ValueError, match=rf"unknown decode kernel .*; choose from {known}"):
         select("decode", PROBLEM, H200, kernel=name)
 
@@ -218,17 +218,23 @@ def test_what_is_taken_by_its_name_alone():
     """With what speaks against it here; no automatic choice says a word about it."""
     told = {operation: by_name_alone(operation, PROBLEM, CPU) for operation in OPERATIONS}
     assert {operation: list(names) for operation, names in told.items() if names} == {
-        "decode": ["gluon_sm90_few", "flashinfer_mla"],
+        "decode": ["flashinfer_mla"],
         "prefill": ["flashinfer_ragged"],
     }
     assert all("needs sm_90, got cpu" in reasons for names in told.values() for reasons in names.values())
-    assert by_name_alone("decode", PROBLEM, H200)["gluon_sm90_few"] == []
 
 
 @pytest.mark.parametrize(
     ("problem", "device", "reason"),
     [
-        (problem_for(torch.float32, "fp32"), H200, "queries and cache must both be bfloat16 or both float16"),
+        (problem_for(torch.float32, "fp32"), H200, "needs bfloat16 or float16 queries, and a cache of the same or fp8"),
+        (problem_for(torch.bfloat16, "fp16"), H200, "a cache of the same or fp8, got torch.bfloat16 queries and fp16"),
+        (
+            problem_for(torch.bfloat16, "fp8", split_tokens=384, max_seq_len=4096),
+            H200,
+            "needs a 16-bit cache for fixed splits, got fp8",
+        ),
+        (problem_for(torch.bfloat16, "fp8", max_query_len=133), H200, "tokens of 2112 or less, got 2128"),
         (problem_for(geometry=replace(GEOMETRY, kv_lora_rank=256)), H200, "needs latent 512 .* got 256"),
         (PROBLEM, A100, "needs sm_90, got NVIDIA A100 sm_80"),
         (PROBLEM, B200, "needs sm_90, got NVIDIA B200 sm_100"),

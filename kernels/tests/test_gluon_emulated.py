@@ -12,8 +12,8 @@ from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 MODULES = (
-    *("hopper", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_few_launch"),
-    *("hopper_launch", "decode.gluon_sm90"),
+    *("hopper", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch"),
+    *("hopper_few_launch", "decode.gluon_sm90"),
 )
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)
@@ -50,9 +50,10 @@ def check(kernel, case):
     q_latent = case.arrays[0]
     out, lse = torch.full_like(q_latent, torch.nan), torch.full(q_latent.shape[:2], torch.nan)
     rows = case.options["query_len"] * case.geometry.num_heads
+    height = kernel._height(rows, case.arrays[2].dtype == torch.float8_e4m3fn)
     workspace = tuple(
         torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype)
-        for shape, dtype in kernel.scratch_shapes(kernel.scratch_rows(rows, GPU), GPU)
+        for shape, dtype in kernel.scratch_shapes(kernel.scratch_rows(rows, height, GPU), GPU)
     )
     kernel.run(*case.arrays, **case.options, out_TNL=out, lse_TN=lse, workspace=workspace)
     expected, expected_lse = case.reference()

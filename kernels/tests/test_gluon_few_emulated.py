@@ -1,28 +1,16 @@
-"""The text of the Hopper decode kernel for few query rows, executed on a CPU by gluon_emulator.py: 16-bit and fp8
-caches against the float64 reference."""
+"""The text of the Hopper decode kernel where products are transposed, executed on a CPU by gluon_emulator.py: few query
+rows of 16-bit caches, and any number of fp8 ones, against the float64 reference."""
+
+import functools
 
 import gluon_emulator
 import pytest
 import torch
-from gluon_emulator import emulated
-from test_gluon_emulated import GPU, check, make, with_large_scores
+from test_gluon_emulated import build as build_for
+from test_gluon_emulated import check, make, with_large_scores
 
-import mla_kernels.primitives as primitives
-import mla_kernels.split_merge as split_merge
-
-MODULES = (
-    *("hopper", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_few_launch"),
-    *("hopper_launch", "decode.gluon_sm90_few"),
-)
 FP8 = {"cache_dtype": torch.float8_e4m3fn}
-
-
-def build(**edits):
-    *_, roles, _, launch, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
-    roles.LN_2 = primitives.LN_2.value
-    launch.device_of = lambda tensor: GPU
-    kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
-    return kernel
+build = functools.partial(build_for, few_rows=32)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +42,12 @@ def test_pages(kernel, page_size, page_gap, cache):
 @pytest.mark.parametrize(("heads", "rope", "query_len"), [(1, 0, 1), (16, 64, 1), (17, 64, 1), (8, 0, 4), (32, 64, 1)])
 def test_rows(kernel, heads, rope, query_len, cache):
     check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len, **cache))
+
+
+@pytest.mark.parametrize(("heads", "rope", "query_len"), [(33, 64, 1), (20, 64, 4), (128, 0, 1)])
+def test_several_tiles_of_rows(kernel, heads, rope, query_len):
+    """Of an fp8 cache; the last one not full."""
+    check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len, **CACHES["fp8 with a scale"]))
 
 
 def test_large_scores(kernel):
@@ -113,14 +107,23 @@ def test_queries_of_any_magnitude(kernel, magnitude):
 
 def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
+    check(kernel, make(10, [700, 30], query_lens=[2, 3], **FP8))
     check(kernel, with_large_scores())
 
 
+SEES = """tokens + (row0 + i) // N  # position of the query itself: the last key it may see
+            top = gl.full([F]"""
+READ = """    r = token * N + row0 + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    return"""
+STORE = """    r = token * N + row0 + i
+    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
+    pointer = ptr + at_row[None, :]"""
 MISTAKES = {
     "the scale is left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * power"),
     "powers of queries are left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * cache_scale"),
     "the scale is left out of outputs": ("smem.last.store(cache_scale / safe)", "smem.last.store(1.0 / safe)"),
-    "a query sees one key too many": ("sees = seq_len - tokens + i // N", "sees = seq_len - tokens + 1 + i // N"),
+    "a query sees one key too many": (SEES, SEES.replace("tokens +", "tokens + 1 +")),
     "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
     "codes of the wrong block": (
@@ -128,9 +131,13 @@ MISTAKES = {
         "row = _row_of(cache, page, b, t, PAGE)",
     ),
     "the last rows' columns are shifted": (
-        "_store(acc1, out_ptr + HALF, rows, token",
-        "_store(acc1, out_ptr, rows, token",
+        "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F)",
+        "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F)",
     ),
+    "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
+    "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
+    "rows of later tiles see what the first one's do": (SEES, SEES.replace("(row0 + i)", "i")),
+    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, query_lse", "rows_per_slot + i, query_lse"),
 }
 
 

@@ -86,21 +86,8 @@ def make_problem(vllm_config, *, dtype, kv_cache_dtype, page_size: int | None = 
             split_tokens=split_for(geometry),
             max_seq_len=vllm_config.model_config.max_model_len,
         )
-    problem = Problem(layout=layout, dtype=dtype, max_query_len=most)
-    tiled = replace(problem, max_query_len=most_tiled)
-    return tiled if has_prefill(vllm_config.attention_config) and _is_decoded(tiled, vllm_config) else problem
-
-
-def _is_decoded(problem: Problem, vllm_config) -> bool:
-    """Whether the kernel that the user named for decode takes this; if none is named, there is one."""
-    kernel = MLABackendConfig.from_environment().kernel_for("decode")
-    try:
-        select("decode", problem, device_of(vllm_config.device_config.device_type), kernel=kernel)
-    except UnsupportedMLA:
-        return False
-    except ValueError:  # there is no such kernel: whoever selects for good says so
-        pass
-    return True
+    has_tiles = has_prefill(vllm_config.attention_config)
+    return Problem(layout=layout, dtype=dtype, max_query_len=most_tiled if has_tiles else most)
 
 
 def is_captured(vllm_config) -> bool:

@@ -128,14 +128,9 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         problem, shared = self.attention.problem, self._ranks > 1
         of_tile = tile_tokens(problem.geometry.num_heads)
         extends = self.own_prefill and not (shared or models_layer)  # a model's own layer calls vLLM's prefill
-        why_not = None
-        if problem.max_query_len < of_tile:
-            why_not = f"the decode kernel that is named takes no {of_tile} query tokens of a request"
-        elif not hasattr(layer, "W_UK_T"):
-            why_not = "vLLM keeps absorbed weights for AITER alone"
-        self._layer, self.absorbs = layer, extends and why_not is None
-        if extends and why_not:
-            logger.info_once("mla_backend: %s; all prefill is expanded", why_not)
+        self._layer, self.absorbs = layer, extends and hasattr(layer, "W_UK_T")
+        if extends and not self.absorbs:
+            logger.info_once("mla_backend: vLLM keeps absorbed weights for AITER alone; all prefill is expanded")
         traffic = Traffic(
             max_requests=self._max_requests,
             page_size=page_size,

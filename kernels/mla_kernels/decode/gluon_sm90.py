@@ -4,8 +4,8 @@
      tokens from the lengths on the device (schedule.py). One warp (four, if pages fit no TMA box) copies their cache
      rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
-     has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as
-     long then, or less.
+     has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
+     They are with an fp8 cache, too, in tiles of 16 query rows: four warps convert it to float16 (hopper_convert.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py). It is launched while
      the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
      after may not know how to wait.
@@ -26,7 +26,7 @@ from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
 from mla_kernels.launching import launch
-from mla_kernels.primitives import reaching_all, scratch
+from mla_kernels.primitives import E4M3, reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts
 from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
@@ -95,17 +95,25 @@ def _decode_kernel(
     )
 
 
+def _height(rows: int, codes: bool, fixed_splits: bool = False) -> int:
+    """Query rows of a tile."""
+    return columns_of(rows, codes) if codes or (rows <= _FEW_ROWS and not fixed_splits) else ROWS.value
+
+
 def unsupported(problem, device: Device) -> list[str]:
     reasons = device_refusals(device)
     geometry, layout = problem.geometry, problem.layout
-    if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype != problem.dtype:
+    if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype not in (problem.dtype, E4M3):
         got = f"{problem.dtype} queries and {layout.format.name} cache"
-        reasons.append(f"queries and cache must both be bfloat16 or both float16, got {got}")
+        reasons.append(f"needs bfloat16 or float16 queries, and a cache of the same or fp8, got {got}")
+    if problem.split_tokens and layout.format.dtype == E4M3:
+        reasons.append(f"needs a 16-bit cache for fixed splits, got fp8 and splits of {problem.split_tokens} tokens")
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
     rows = geometry.num_heads * problem.max_query_len
-    if row_tiles(rows) > device.num_sms:
-        reasons.append(f"needs heads x query tokens of {64 * device.num_sms} or less, got {rows}")
+    height = _height(rows, layout.format.dtype == E4M3)
+    if row_tiles(rows, height) > device.num_sms:
+        reasons.append(f"needs heads x query tokens of {height * device.num_sms} or less, got {rows}")
     return reasons
 
 
@@ -119,8 +127,9 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
     if problem.split_tokens:
         most = heads * problem.max_query_len
         return shapes(reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), LATENT.value)
-    rows = max(scratch_rows(heads * tokens, device) for tokens in range(1, problem.max_query_len + 1))
-    return scratch_shapes(rows, device)
+    codes = problem.layout.format.dtype == E4M3
+    calls = (heads * tokens for tokens in range(1, problem.max_query_len + 1))
+    return scratch_shapes(max(scratch_rows(rows, _height(rows, codes), device) for rows in calls), device)
 
 
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
@@ -131,8 +140,8 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
         rows = query_len * problem.geometry.num_heads
         if problem.split_tokens:
             return (merge_columns(requests, rows, LATENT.value),)
-        columns = columns_of(rows) if rows <= _FEW_ROWS else 0
-        return columns, merge_form(requests, parts_of(rows, device), rows)
+        height = _height(rows, problem.layout.format.dtype == E4M3)
+        return height, merge_form(requests, parts_of(rows, height, device), rows)
 
     return reaching_all(forms, max_requests, query_lens)
 
@@ -150,6 +159,7 @@ def run(
     out_TNL=None,
     lse_TN=None,
     workspace=None,
+    cache_scale=None,
     split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
@@ -162,18 +172,20 @@ def run(
         return out_TNL, lse_TN
     device, gather, requests = prepared.device, prepared.gather, len(seq_lens_B)
     rows = query_len * q_latent_TNL.shape[1]
-    parts = parts_of(rows, device)
+    height = _height(rows, prepared.codes, split_tokens is not None)
+    parts = parts_of(rows, height, device)
     before_scratch = (*prepared.before_parts, parts, *prepared.behind_parts)
     gather_registers = 40 if split_tokens else 32
     constants = prepared.constants | {
         "GATHER": gather, "num_warps": 4, "LOADER_WARPS": 4 if gather else 1,
         "LOADER_REGS": gather_registers if gather or cache_AGK.shape[1] < BLOCK.value else 24,
     }  # fmt: skip
-    grid = (row_tiles(rows), parts)
+    grid = (row_tiles(rows, height), parts)
     if split_tokens is None:
-        part, part_lse, plan = scratch(workspace, scratch_shapes(scratch_rows(rows, device), device), cache_AGK.device)
-        if rows <= _FEW_ROWS:
-            decode_few(prepared, rows, parts, part, part_lse, plan)
+        needed = scratch_shapes(scratch_rows(rows, height, device), device)
+        part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
+        if height < ROWS.value:
+            decode_few(prepared, rows, part, part_lse, plan, cache_scale)
         else:
             launch(_decode_kernel, grid, *before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
         merge_parts(
