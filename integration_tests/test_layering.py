@@ -204,7 +204,8 @@ LEAVES = {
     "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
     "hopper_few_launch": ("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_load", "schedule"),
     "hopper_launch": ("device", "hopper", "hopper_decode", "hopper_load", "primitives", "schedule", "split_merge"),
-    "hopper_prefill": ("hopper", "primitives"),
+    "hopper_prefill": ("hopper", "hopper_prefill_load", "primitives"),
+    "hopper_prefill_load": ("hopper",),
 }
 
 

@@ -13,7 +13,7 @@ from mla_kernels.testing import (
     make_prefill,
 )
 
-MODULES = ("hopper", "hopper_prefill", "prefill.gluon_sm90_ragged")
+MODULES = ("hopper", "hopper_prefill_load", "hopper_prefill", "prefill.gluon_sm90_ragged")
 GPU = Device("cuda", 90, "a small Hopper", 5)
 
 

@@ -2,7 +2,7 @@
 
 One program an SM takes tiles of 128 queries of a head, longest first, as it gets done with others. One warp copies
 queries, keys and values by TMA, from where the projection left them: keys are never concatenated. Two warpgroups have
-64 of the queries each and take turns on the tensor cores (hopper_prefill.py).
+64 of the queries each and take turns on the tensor cores (hopper_prefill_load.py, hopper_prefill.py).
 """
 
 from functools import lru_cache
@@ -16,7 +16,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_prefill import COLUMNS, FIELDS, ROWS, Batch, Shared, attend, load
+from mla_kernels.hopper_prefill import attend
+from mla_kernels.hopper_prefill_load import COLUMNS, FIELDS, ROWS, Batch, Shared, load
 from mla_kernels.primitives import LOG2_E, prefill_outputs, require_adjacent
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
