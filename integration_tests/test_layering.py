@@ -195,6 +195,8 @@ LEAVES = {
     "flashinfer_calls": ("device",),
     "hopper": ("device",),
     "schedule": ("hopper",),
+    "known_launch": (),
+    "prefill_pieces": ("known_launch",),
     "split_merge": ("primitives",),
     "splits": ("primitives",),
     "triton_piece": ("primitives", "cache_layout"),

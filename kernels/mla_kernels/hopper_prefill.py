@@ -160,7 +160,8 @@ def attend(
     p_lay: gl.constexpr = gl.DotOperandLayout(0, o_lay, 2)
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     o_row_lay: gl.constexpr = gl.SliceLayout(1, o_lay)
-    WIDE: gl.constexpr = _wide(V)
+    # What a quad of threads holds of a row fills a sector in float32 as it is.
+    WIDE: gl.constexpr = o_lay if out[0].dtype.element_ty == gl.float32 else _wide(V)
     i = W * ROWS + gl.arange(0, ROWS, row_lay)
     block = 0
     count = 0

@@ -49,6 +49,8 @@ class Batch(NamedTuple):
     heads: object
     claimed: object
     group_keys: object  # keys of all heads whose tiles run side by side, so that they fit in L2
+    pieces: object  # that a tile's keys are cut into
+    tokens: object  # rows of a piece's answer
 
 
 @gluon.jit
@@ -93,6 +95,17 @@ def _order(local, tiles, keys, batch):
     local -= head * tiles
     group = gl.minimum(group, batch.heads - head)
     return tiles - 1 - local // group, head + local % group
+
+
+@gluon.jit
+def _piece(piece, pieces, last, sees, keys, BLOCK: gl.constexpr):
+    """(first key, keys from there on, sees, blocks) of a piece of a tile, as if no keys came before. `last`: how many
+    keys the tile's last row sees. Pieces have as many blocks each; the last may have fewer, or one that nobody sees."""
+    blocks = gl.maximum((last + BLOCK - 1) // BLOCK, 0)
+    share = (blocks + pieces - 1) // pieces
+    begin = gl.minimum(piece * share, blocks)
+    first = begin * BLOCK
+    return first, gl.maximum(keys - first, 0), sees - first, gl.maximum(gl.minimum(share, blocks - begin), 1)
 
 
 @gluon.jit
@@ -159,19 +172,23 @@ def _load_nothing(block, count, smem):
 @gluon.jit
 def load(
     queries, keys, values, batch, smem,
-    C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
+    C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """One warp: claims tiles until there are no more, and fills the buffers.
 
     The first tile is the program's own number; others are claimed shortly before they are needed, so that programs
-    which are ahead take more.
+    which are ahead take more. With CUT there is a program for each piece of each tile, and nothing to claim.
     """
     q_desc, q_stride = queries
     first = 0
     before = 0
     block = 0
     count = 0
-    request, local, first, before, ends = _find(gl.program_id(0), first, before, _tile_ends(first, batch), batch)
+    index = gl.program_id(0)
+    if CUT:
+        piece = index % batch.pieces
+        index //= batch.pieces
+    request, local, first, before, ends = _find(index, first, before, _tile_ends(first, batch), batch)
     while request < batch.size:
         first_query = gl.load(batch.query_start + request).to(gl.int32)
         first_key = gl.load(batch.key_start + request).to(gl.int32)
@@ -186,7 +203,12 @@ def load(
             sees = num_keys - num_queries + row + 1
             last = sees + rows - 1
         blocks = gl.maximum((last + BLOCK - 1) // BLOCK, 1)  # one that nobody sees is as good as none, and simpler
-        _tell(smem, count, rows, first_query + row, head, blocks, sees, num_keys)
+        answer = first_query + row
+        if CUT:
+            begin, num_keys, sees, blocks = _piece(piece, batch.pieces, last, sees, num_keys, BLOCK)
+            first_key += begin
+            answer += piece * batch.tokens
+        _tell(smem, count, rows, answer, head, blocks, sees, num_keys)
 
         at = first_key + (blocks - 1) * BLOCK
         _load_k(keys, at, head, block, smem, C, R, BLOCK)
@@ -194,9 +216,12 @@ def load(
         for b in range(1, blocks):
             _load_k(keys, at - b * BLOCK, head, block + b, smem, C, R, BLOCK)
             _load_v(values, at - (b - 1) * BLOCK, head, block + b - 1, smem, V, BLOCK)
-        # Before the last values, which are needed last: the next tile is found while others are multiplied.
-        claim = gl.atomic_add(batch.claimed, 1, sem="relaxed")
-        request, local, first, before, ends = _find(claim + gl.num_programs(0), first, before, ends, batch)
+        if CUT:
+            request = batch.size
+        else:
+            # Before the last values, which are needed last: the next tile is found while others are multiplied.
+            claim = gl.atomic_add(batch.claimed, 1, sem="relaxed")
+            request, local, first, before, ends = _find(claim + gl.num_programs(0), first, before, ends, batch)
         _load_v(values, first_key, head, block + blocks - 1, smem, V, BLOCK)
         block += blocks
         count += 1

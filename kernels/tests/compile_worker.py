@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import mla_kernels.device
-from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, split_for
+from mla_kernels import OPERATIONS, CacheLayout, Device, MLAGeometry, Problem, format_of, known_launch, split_for
 from mla_kernels.testing import make_decode, make_pool, make_prefill, make_so_far, pack_cache
 
 GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
@@ -105,6 +106,7 @@ GLUON_SM90_RAGGED = (
     (128, 128, 64, BF16),
 )
 PREFILL_FORMS = ((True, False), (False, False), (False, True))  # causal, accumulate
+PIECES = (None, 2)  # of keys, where a kernel cuts them
 OUTPUTS = ("out_TNV", "lse_TN")
 
 
@@ -145,6 +147,7 @@ def compiled_instead_of_launched(device: Device):
         return kernel
 
     driver.set_active(TargetOnly(device))
+    known_launch.COMPILED.clear()  # what is there would be launched
     # The log of Triton's own call of ptxas: the right one of its several tools, and the options that it gave.
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
     # An engine may listen to what is compiled (vLLM does), and then Triton writes every constant as JSON.
@@ -181,8 +184,9 @@ def launch_prefill(run, geometry, dtype, cache_dtype, every: bool):
         launch_ragged(run, make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False), accumulate)
 
 
-def launch_ragged(run, case, accumulate: bool):
-    run(*case.arrays, **case.options, accumulate=accumulate, **dict(zip(OUTPUTS, make_so_far(case), strict=True)))
+def launch_ragged(run, case, accumulate: bool, **options):
+    options |= dict(zip(OUTPUTS, make_so_far(case), strict=True))
+    run(*case.arrays, **case.options, accumulate=accumulate, **options)
 
 
 def _pool(geometry, dtype):
@@ -335,11 +339,12 @@ def prefill_variants():
         geometry = MLAGeometry(
             num_heads=3, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        for causal, accumulate in PREFILL_FORMS[:: 2 if number else 1]:
+        for (causal, accumulate), pieces in product(PREFILL_FORMS[:: 2 if number else 1], PIECES):
             case = make_prefill(geometry, [70, 4], causal=causal, dtype=dtype, needles=False)
             name = f"nope {nope}, rope {rope}, v {v}, {'causal' if causal else 'every key'}"
-            name += ", accumulated" if accumulate else ""
-            yield name, problem_of(geometry, dtype, 64), partial(launch_ragged, case=case, accumulate=accumulate)
+            name += f"{', accumulated' * accumulate}{', in pieces' * bool(pieces)}"
+            launch = partial(launch_ragged, case=case, accumulate=accumulate, pieces=pieces)
+            yield name, problem_of(geometry, dtype, 64), launch
 
 
 HOPPER_VARIANTS = {
