@@ -7,7 +7,6 @@ nothing about values.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -68,16 +67,10 @@ def _compile_nothing(note, function: JITFunction, key, signature, device, *_):
     return kernels[key]
 
 
-def gluon_sm90_ragged():
-    """The kernel's module, which launches what is compiled past Triton."""
-    return import_module("mla_kernels.prefill.gluon_sm90_ragged")
-
-
 def start_anew() -> None:
     """Nothing was ever compiled."""
     COMPILED.clear()
     launching.forget()
-    gluon_sm90_ragged()._COMPILED.clear()
     for function in _FUNCTIONS:
         function.device_caches.clear()
 

@@ -213,5 +213,8 @@ def test_kernels_that_plan_on_the_host_are_told(monkeypatch):
     assert "128.0 MiB of scratch for decode" in attention.describe(max_requests=8)
     assert "CUDA graph" not in plain.describe(max_requests=8)
     assert attention.prefill_bytes(tokens=0, keys=100) == 100 * 16 * 192 * 2
-    assert plain.prefill_bytes(tokens=4096, keys=4096) == 0
+    assert (
+        plain.prefill_bytes(tokens=4096, keys=4096) == 132 * 128 * (128 + 1) * 4
+    )  # answers of pieces, 128 queries each
+    assert plain.prefill_bytes(tokens=4096, keys=1024) == 0
     assert attention.decode_variants(8, range(1, 4)) == [(1, 1)]

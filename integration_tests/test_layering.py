@@ -196,6 +196,7 @@ LEAVES = {
     "hopper": ("device",),
     "schedule": ("hopper",),
     "launching": ("device",),
+    "prefill_pieces": ("launching", "primitives"),
     "split_merge": ("launching", "primitives"),
     "splits": ("launching", "primitives"),
     "triton_piece": ("primitives", "cache_layout"),
@@ -208,7 +209,8 @@ LEAVES = {
         "schedule",
     ),
     "hopper_launch": ("device", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
-    "hopper_prefill": ("hopper", "primitives"),
+    "hopper_prefill": ("hopper", "hopper_prefill_load", "primitives"),
+    "hopper_prefill_load": ("hopper",),
     "tma": ("hopper",),
 }
 

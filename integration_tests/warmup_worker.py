@@ -98,6 +98,8 @@ class Server:
                 self._decode_tiles(tiles, tokens_of_tile)
         for new, old in (([1], [0]), ([1, 1], [1, 0]), ([16], [16]), ([15, 3], [40, 0]), ([100, 17, 1], [5, 33, 64])):
             self._prefill(new, old)
+        for new, old in (([16], [3000]), ([2048], [0]), ([7, 2100], [2100, 3])):  # enough keys to cut them
+            self._prefill(new, old, most_keys=4096)
 
     def _ints(self, *shape: int) -> torch.Tensor:
         """As engines hand them over: a slice of a longer tensor."""
@@ -162,7 +164,7 @@ class Server:
         q_TNQ = torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)
         return absorbed_NTL.transpose(0, 1), q_TNQ[..., nope:]
 
-    def _prefill(self, new: list[int], old: list[int]) -> None:
+    def _prefill(self, new: list[int], old: list[int], most_keys: int = 32) -> None:
         from mla_backend.steps import PrefillStep, plan_context
 
         geometry, tokens = self.geometry, sum(new)
@@ -174,8 +176,8 @@ class Server:
             query_start_B1=self._ints(len(new) + 1),
             max_query_len=max(new),
             block_table_BM=self._ints(len(new), self._rng.randrange(1, 40)),
-            chunks=plan_context(new, old, most_keys=32, device=torch.device("cpu")),
-            gather_buffer_SK=zeros(32, geometry.latent_dim),
+            chunks=plan_context(new, old, most_keys=most_keys, device=torch.device("cpu")),
+            gather_buffer_SK=zeros(most_keys, geometry.latent_dim),
         )
         slots = torch.zeros(decoded + tokens, dtype=torch.int64)[decoded:]
         for scale in {self.cache_scale, None}:

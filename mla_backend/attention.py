@@ -92,7 +92,13 @@ class MLAAttention:
     def prefill_bytes(self, *, tokens: int, keys: int) -> int:
         """Bytes that a call of the prefill kernel takes at most beside its arguments and outputs."""
         step_bytes = getattr(self.chosen["prefill"].kernel.load(), "step_bytes", None)
-        return step_bytes(self.problem, tokens=tokens, keys=keys) if step_bytes else 0
+        return step_bytes(self.problem, self.device, tokens=tokens, keys=keys) if step_bytes else 0
+
+    def prefill_variants(self, *, own_keys: bool) -> list[dict]:
+        """Options of `attend` with which calls take every form that the kernel has; `own_keys` for those of new tokens
+        that see each other alone."""
+        variants = getattr(self.chosen["prefill"].kernel.load(), "variants", None)
+        return variants(self.problem, self.device, own_keys=own_keys) if variants else [{}]
 
     def decode_variants(self, max_requests: int, query_lens) -> list[tuple[int, int]]:
         """(requests, query tokens) of decode calls that take every form which the kernel has for up to `max_requests`

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel anew for other constants, types, alignments, and integers that are 1 or multiples of 16. So
 each operation is called on next to nothing, laid out as engines lay their tensors out; which batches take other forms
-of a decode kernel, its own `variants` says.
+of a decode kernel, its own `variants` says, and that of a prefill kernel how to ask for a form.
 """
 
 import time
@@ -75,8 +75,11 @@ def calls(attention: MLAAttention, traffic: Traffic, where: torch.device, scratc
     scales = (scale, None) if scaled else (None,)  # an engine may leave a scale of 1 out where it writes
     listed = [("cache_write", partial(tensors.write, one)) for one in scales]
     listed += [("cache_gather", partial(tensors.gather, scale)), ("merge", tensors.merge)]
-    listed += [("prefill", partial(tensors.prefill, new)) for new in (True, False)]
     listed = [(operation, call) for operation, call in listed if operation in attention.chosen]
+    if "prefill" in attention.chosen:
+        for new in (True, False):
+            forms = attention.prefill_variants(own_keys=new)
+            listed += [("prefill", partial(tensors.prefill, new, form)) for form in forms]
     if "decode" in attention.chosen:
         most = traffic.max_requests
         batches = (False, most, traffic.uniform), (True, most, traffic.ragged), (True, TILES_AT_ONCE, traffic.tiled)
@@ -118,8 +121,9 @@ class _Tensors:
             self._cache_AGK, self._ints(1, 1), self._ints(1), self._ints(2), rows, max_key_len=1, cache_scale=scale
         )
 
-    def prefill(self, new: bool) -> None:
-        """New tokens see each other; then a chunk of context is accumulated in their answer."""
+    def prefill(self, new: bool, form: dict) -> None:
+        """New tokens see each other; then a chunk of context is accumulated in their answer. In a form of the kernel,
+        as options say."""
         geometry = self._geometry
         q_1NQ = self._new(1, geometry.num_heads, geometry.qk_head_dim)
         kv_1NX = self._new(1, geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim)
@@ -128,6 +132,7 @@ class _Tensors:
         into = {"out_TNV": self._new(*q_1NQ.shape[:2], geometry.v_head_dim)}
         into["lse_TN"] = self._new(*q_1NQ.shape[:2], dtype=torch.float32)
         options = {"max_query_len": 1, "causal": new, "accumulate": not new and self._traffic.accumulates, **into}
+        options |= form
         self._attention.attend(q_1NQ, *keys, starts, starts, **options)
 
     def merge(self) -> None:

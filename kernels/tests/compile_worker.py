@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -102,6 +103,7 @@ GLUON_SM90_RAGGED = (
     (128, 128, 64, BF16),
 )
 PREFILL_FORMS = ((True, False), (False, False), (False, True))  # causal, accumulate
+PIECES = (None, 2)  # of keys, where a kernel cuts them
 OUTPUTS = ("out_TNV", "lse_TN")
 
 
@@ -179,8 +181,9 @@ def launch_prefill(run, geometry, dtype, cache_dtype, every: bool):
         launch_ragged(run, make_prefill(geometry, [5], causal=causal, dtype=dtype, needles=False), accumulate)
 
 
-def launch_ragged(run, case, accumulate: bool):
-    run(*case.arrays, **case.options, accumulate=accumulate, **dict(zip(OUTPUTS, make_so_far(case), strict=True)))
+def launch_ragged(run, case, accumulate: bool, **options):
+    options |= dict(zip(OUTPUTS, make_so_far(case), strict=True))
+    run(*case.arrays, **case.options, accumulate=accumulate, **options)
 
 
 def _pool(geometry, dtype):
@@ -331,11 +334,12 @@ def prefill_variants():
         geometry = MLAGeometry(
             num_heads=3, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        for causal, accumulate in PREFILL_FORMS[:: 2 if number else 1]:
+        for (causal, accumulate), pieces in product(PREFILL_FORMS[:: 2 if number else 1], PIECES):
             case = make_prefill(geometry, [70, 4], causal=causal, dtype=dtype, needles=False)
             name = f"nope {nope}, rope {rope}, v {v}, {'causal' if causal else 'every key'}"
-            name += ", accumulated" if accumulate else ""
-            yield name, problem_of(geometry, dtype, 64), partial(launch_ragged, case=case, accumulate=accumulate)
+            name += f"{', accumulated' * accumulate}{', in pieces' * bool(pieces)}"
+            launch = partial(launch_ragged, case=case, accumulate=accumulate, pieces=pieces)
+            yield name, problem_of(geometry, dtype, 64), launch
 
 
 HOPPER_VARIANTS = {"gluon_sm90": decode_variants, "gluon_sm90_ragged": prefill_variants}

@@ -41,7 +41,7 @@ def test_compiles_for(target, names, tmp_path):
     ("kernel", "functions"),
     [
         ("gluon_sm90", {"_decode_kernel", "_decode_few_kernel", "_merge_kernel", "_merge_splits_kernel"}),
-        ("gluon_sm90_ragged", {"_prefill_kernel"}),
+        ("gluon_sm90_ragged", {"_prefill_kernel", "_merge_pieces_kernel"}),
     ],
 )
 def test_hopper_kernel_compiles(kernel, functions, tmp_path):

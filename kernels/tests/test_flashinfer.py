@@ -329,6 +329,6 @@ def test_prefill_without_queries_loads_the_kernel(stand_in):
 def test_prefill_says_what_it_takes_for_a_moment():
     """Keys of 192 values, an answer of 128 to merge, both in 16 bits, and what merging takes in float32."""
     bytes_of = KERNELS["prefill"].load().step_bytes
-    assert bytes_of(problem_of(), tokens=0, keys=100) == 100 * 16 * 192 * 2
-    most = bytes_of(problem_of(), tokens=4096, keys=16384)
+    assert bytes_of(problem_of(), H200, tokens=0, keys=100) == 100 * 16 * 192 * 2
+    most = bytes_of(problem_of(), H200, tokens=4096, keys=16384)
     assert most == 16 * ((16384 * 192 + 4096 * 128) * 2 + (2 * 4096 + 3 * 1024 * 128) * 4)

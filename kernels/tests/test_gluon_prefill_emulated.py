@@ -1,19 +1,18 @@
 """The text of the Hopper prefill kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
 
+from functools import partial
+
 import gluon_emulator
 import pytest
 import torch
 from gluon_emulator import emulated
 
+import mla_kernels.prefill_pieces as prefill_pieces
 import mla_kernels.primitives as primitives
 from mla_kernels import Device, MLAGeometry
-from mla_kernels.testing import (
-    RaggedCase,
-    check_prefill,
-    make_prefill,
-)
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, check_prefill, make_prefill
 
-MODULES = ("hopper", "hopper_prefill", "prefill.gluon_sm90_ragged")
+MODULES = ("hopper", "hopper_prefill_load", "hopper_prefill", "prefill.gluon_sm90_ragged")
 GPU = Device("cuda", 90, "a small Hopper", 5)
 
 
@@ -21,6 +20,7 @@ def build(**edits):
     *_, roles, kernel = emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits)
     roles.LN_2 = primitives.LN_2.value
     kernel.device_of = lambda tensor: GPU
+    kernel.merge_pieces = lambda *args, **options: prefill_pieces.merge_pieces(*args, **options | {"overlap": False})
     return kernel
 
 
@@ -33,9 +33,9 @@ def geometry(heads=2, nope=128, rope=64, v=128):
     return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v)
 
 
-def check(kernel, shape, *lens, change=lambda case: case, accumulate=False, **options):
+def check(kernel, shape, *lens, change=lambda case: case, accumulate=False, pieces=None, **options):
     case = change(make_prefill(shape, *lens, dtype=torch.float16, **options))
-    check_prefill(kernel.run, case, accumulate=accumulate)
+    check_prefill(partial(kernel.run, pieces=pieces), case, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
@@ -103,8 +103,92 @@ def test_strided_and_concatenated(kernel):
     check(kernel, geometry(3), [70, 9], [100, 9], change=lambda case: change(case, shift=3))
 
 
+PIECES = [2, 3, 7]  # the last are more than there are blocks: some see nothing
+
+
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(
+    ("query_lens", "key_lens"),
+    [
+        ([1, 0, 16, 63], None),
+        ([127, 128, 300], None),
+        ([5, 170], [67, 600]),
+        ([65, 2], [128, 0]),
+        ([170, 3, 66], [5, 1, 65]),
+    ],
+    ids=str,
+)
+def test_causal_pieces(kernel, query_lens, key_lens, pieces, needles):
+    check(kernel, geometry(), query_lens, key_lens, pieces=pieces, needles=needles)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["new", "accumulated"])
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 400, 129], [700, 256, 257], [0, 0, 0]], ids=str)
+def test_pieces_that_every_query_sees(kernel, key_lens, pieces, accumulate):
+    check(kernel, geometry(), [20, 3, 165], key_lens, causal=False, pieces=pieces, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(("heads", "nope", "rope", "v"), [(1, 192, 64, 256), (3, 64, 64, 64), (2, 256, 0, 256)])
+def test_pieces_in_every_width(kernel, heads, nope, rope, v):
+    shape = geometry(heads, nope, rope, v)
+    check(kernel, shape, [9, 150], [270, 150], pieces=2)
+    check(kernel, shape, [9, 150], [270, 150], pieces=3, causal=False, accumulate=True)
+
+
+def test_causal_pieces_are_accumulated(kernel):
+    check(kernel, geometry(), [20, 3, 165], [200, 1, 300], pieces=2, accumulate=True)
+
+
+def test_pieces_of_many_requests(kernel):
+    check(kernel, geometry(1), [(37 * i) % 70 if i % 3 else 0 for i in range(70)], pieces=2)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["new", "accumulated"])
+def test_rows_of_nobody_keep_what_they_held(kernel, accumulate):
+    """Also in scratch, where nobody wrote them."""
+    case = make_prefill(geometry(), [40, 150], [300, 150], causal=False, dtype=torch.float16)
+    q, *keys, query_start, key_start = case.arrays
+    owned = slice(3, 3 + len(q))
+    wide = q.new_full((len(q) + 8, *q.shape[1:]), torch.nan)
+    wide[owned] = q
+    out = q.new_full((len(wide), q.shape[1], 128), 7.0)
+    lse = torch.full(out.shape[:2], 5.0)
+    kernel.run(
+        *(wide, *keys, query_start + 3, key_start),
+        **(case.options | {"accumulate": accumulate, "out_TNV": out, "lse_TN": lse, "pieces": 2}),
+    )
+    so_far = (torch.full_like(out[owned], 7.0), torch.full_like(lse[owned], 5.0)) if accumulate else None
+    expected, expected_lse = case.reference(so_far)
+    assert_matches("lse", lse[owned], expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out[owned], expected, TOLERANCE[torch.float16], case.magnitude() + 7)
+    for rows in (slice(0, 3), slice(owned.stop, None)):
+        assert (out[rows] == 7).all()
+        assert (lse[rows] == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "key_lens", "pieces"),
+    [([100, 30], [70, 900], 3), ([100, 30], [70, 550], 2), ([100, 30], [70, 400], 1), ([300, 200, 1], [0, 0, 900], 1)],
+    ids=str,
+)
+def test_few_tiles_are_cut(kernel, monkeypatch, query_lens, key_lens, pieces):
+    """On 18 multiprocessors, in pieces of 300 keys at least. Two requests' 130 tokens may
+    lie in three tiles of each head, three requests' 501 in six."""
+    merged = []
+    merge = kernel.merge_pieces
+    monkeypatch.setattr(kernel, "device_of", lambda tensor: Device("cuda", 90, "a Hopper", 18))
+    monkeypatch.setattr(prefill_pieces, "LEAST_KEYS", 300)
+    monkeypatch.setattr(kernel, "merge_pieces", lambda *args, **o: merged.append(o["pieces"]) or merge(*args, **o))
+    check(kernel, geometry(), query_lens, key_lens, causal=False)
+    assert merged == ([pieces] if pieces > 1 else [])
+
+
 def several(kernel):
     check(kernel, geometry(), [200, 9, 129], [330, 70, 129])
+    check(kernel, geometry(), [200, 9, 129], [330, 70, 129], pieces=2)
+    check(kernel, geometry(), [100, 9], [430, 0], causal=False, pieces=3, accumulate=True)
     check(kernel, geometry(), [200, 9, 7], [330, 70, 0], causal=False, accumulate=True)
 
 
@@ -174,6 +258,11 @@ MISTAKES = {
     "rows that have seen nothing weigh something": ("seen * rescale * 0.25", "rescale * 0.25"),
     "values of rows that have seen nothing count": ("[:, None], values, 0.0)", "[:, None] | True, values, 0.0)"),
     "both warpgroups begin with the same answer": ("_so_far(out, token + W * ROWS,", "_so_far(out, token,"),
+    "all pieces begin with the first keys": ("first_key += begin", "pass"),
+    "all pieces answer in the same rows": ("answer += piece * batch.tokens", "pass"),
+    "the last piece sees as many keys as there are": ("gl.maximum(keys - first, 0)", "keys"),
+    "causal pieces see as if they were the first": ("sees - first, gl", "sees, gl"),
+    "a block is in no piece": ("share = (blocks + pieces - 1) // pieces", "share = blocks // pieces"),
     "outputs go where the next tile's do": ("token + W * ROWS, rows - W", "next_token + W * ROWS, rows - W"),
 }
 

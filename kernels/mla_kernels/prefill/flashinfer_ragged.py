@@ -31,7 +31,7 @@ def unsupported(problem, device: Device) -> list[str]:
     return reasons
 
 
-def step_bytes(problem, *, tokens: int, keys: int) -> int:
+def step_bytes(problem, device: Device, *, tokens: int, keys: int) -> int:
     """Bytes that a call takes beside arguments and outputs: whole keys, and an answer to merge with what is there."""
     geometry = problem.geometry
     heads, v = geometry.num_heads, geometry.v_head_dim

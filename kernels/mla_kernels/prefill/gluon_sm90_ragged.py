@@ -2,22 +2,27 @@
 
 One program an SM takes tiles of 128 queries of a head, longest first, as it gets done with others. One warp copies
 queries, keys and values by TMA, from where the projection left them: keys are never concatenated. Two warpgroups have
-64 of the queries each and take turns on the tensor cores (hopper_prefill.py).
-"""
+64 of the queries each and take turns on the tensor cores (hopper_prefill_load.py, hopper_prefill.py).
 
-from functools import lru_cache
-from typing import NamedTuple
+Where tiles are so few that half of the SMs or more had none, each tile's keys are cut into pieces with a program each,
+whose answers a second kernel merges (prefill_pieces.py).
+"""
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from mla_kernels.cache_layout import tensor_bytes
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_prefill import COLUMNS, FIELDS, ROWS, Batch, Shared, attend, load
-from mla_kernels.primitives import LOG2_E, prefill_outputs, require_adjacent
+from mla_kernels.hopper_prefill import attend
+from mla_kernels.hopper_prefill_load import COLUMNS, FIELDS, ROWS, TILE_ROWS, Batch, Shared, load
+from mla_kernels.launching import launch
+from mla_kernels.prefill_pieces import LEAST_KEYS, merge_pieces, pieces_of, shapes
+from mla_kernels.primitives import LOG2_E, prefill_outputs, require_adjacent, scratch
+from mla_kernels.tma import describe
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
 # memory end in _s.
@@ -32,6 +37,8 @@ _L2_BYTES = 8 << 20
         "batch",
         "heads",
         "group_keys",
+        "pieces",
+        "tokens",
         "stride_q",
         "stride_nope",
         "stride_rope",
@@ -43,11 +50,13 @@ _L2_BYTES = 8 << 20
 )
 def _prefill_kernel(
     q_desc, nope_desc, rope_desc, v_desc, stride_q, stride_nope, stride_rope, stride_v,
-    query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, scale_log2,
+    query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, pieces, tokens, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     C: gl.constexpr, R: gl.constexpr, V: gl.constexpr, BLOCK: gl.constexpr, CAUSAL: gl.constexpr,
-    ACCUMULATE: gl.constexpr, LOADER_REGS: gl.constexpr,
+    ACCUMULATE: gl.constexpr, CUT: gl.constexpr, LOADER_REGS: gl.constexpr,
 ):  # fmt: skip
+    if CUT:
+        gdc_launch_dependents()
     dtype: gl.constexpr = q_desc.dtype
     bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
     q_s = gl.allocate_shared_memory(dtype, [2 * C, ROWS, COLUMNS], SWIZZLED)
@@ -79,12 +88,12 @@ def _prefill_kernel(
     )  # fmt: skip
     out = (out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n)
     keys = (nope_desc, rope_desc, stride_nope, stride_rope)
-    tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys)
+    tiles = Batch(query_start_ptr, key_start_ptr, batch, heads, claimed_ptr, group_keys, pieces, tokens)
     gl.warp_specialize(
         [
             (attend, (out, scale_log2, smem, 0, C, V, BLOCK, CAUSAL, ACCUMULATE)),
             (attend, (out, scale_log2, smem, 1, C, V, BLOCK, CAUSAL, ACCUMULATE)),
-            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL)),
+            (load, ((q_desc, stride_q), keys, (v_desc, stride_v), tiles, smem, C, R, V, BLOCK, CAUSAL, CUT)),
         ],
         [4, 1],
         [240, LOADER_REGS],
@@ -129,51 +138,41 @@ def _for_tma(x):
     return x
 
 
-class _Memory(NamedTuple):
-    """What a descriptor knows of a tensor: no reference, which would keep it from being freed."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-@lru_cache(256)  # layers of a model get the same memory from PyTorch again and again
-def _descriptor(address: int, dtype: torch.dtype, shape: tuple, strides: tuple, box: tuple[int, int]):
-    """TMA descriptor of a tensor [rows, N, width] as rows of all heads."""
-    (rows, heads, width), (row_stride, stride, _) = shape, strides
-    columns = (heads - 1) * stride + width
-    return TensorDescriptor(_Memory(address, dtype), [rows, columns], [row_stride, 1], list(box), SWIZZLED.value)
-
-
 def _describe(x, box):
-    return _descriptor(x.data_ptr(), x.dtype, x.shape, x.stride(), box)
+    """TMA descriptor of a tensor [rows, N, width] as rows of all heads."""
+    (rows, heads, width), (row_stride, stride, _) = x.shape, x.stride()
+    return describe(x.data_ptr(), x.dtype, (rows, (heads - 1) * stride + width), row_stride, box)
 
 
-def _kind(x: int) -> tuple:
-    """What Triton's code for an integer argument depends on."""
-    return x % 16, x == 1, x >= 2**31
+def _most_tiles(tokens: int, requests: int, heads: int) -> int:
+    """Tiles of so many query tokens of so many requests, however these divide them."""
+    begun = min(tokens, requests)
+    return (tokens + begun * (TILE_ROWS.value - 1)) // TILE_ROWS.value * heads
 
 
-def _kinds(*tensors) -> tuple:
-    """What code for these tensors depends on, beside widths. The last two are outputs, which no descriptor is for."""
-    *_, out, lse = tensors
-    strides = (*out.stride()[:2], *lse.stride())
-    return (out.device.index, out.data_ptr() % 16, *(x.dtype for x in tensors), *map(_kind, strides))
+def _is_cut(heads: int, num_sms: int, *, tokens: int, keys: int) -> bool:
+    """Whether a call of one request is."""
+    return pieces_of(_most_tiles(tokens, 1, heads), keys, num_sms) > 1
 
 
-_COMPILED: dict[tuple, object] = {}
+def variants(problem, device: Device, *, own_keys: bool) -> list[dict]:
+    """Options of `run` with which calls between them take every form that it chooses by itself.
+
+    own_keys: of queries that see each other alone: one has as many keys as there are.
+    """
+    keys = 2 * LEAST_KEYS
+    tokens = keys if own_keys else 1
+    cut = _is_cut(problem.geometry.num_heads, device.num_sms, tokens=tokens, keys=keys)
+    return [{}, {"pieces": 2}] if cut else [{}]
 
 
-def _launch(key: tuple, programs: int, *args, **constants):
-    """Launch what was compiled for this key, on which all of it depends. Triton would look at every argument to find
-    that, which takes longer than the launch."""
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        _COMPILED[key] = _prefill_kernel[(programs,)](*args, **constants, num_warps=4)
-    else:
-        compiled[programs, 1, 1](*args, *constants.values())
+def step_bytes(problem, device: Device, *, tokens: int, keys: int) -> int:
+    """Bytes that a call takes at most beside arguments and outputs: answers of pieces to a tile, as many as SMs."""
+    geometry = problem.geometry
+    if not tokens or not _is_cut(geometry.num_heads, device.num_sms, tokens=1, keys=keys):
+        return 0
+    answers = shapes(device.num_sms, TILE_ROWS.value, 1, geometry.v_head_dim)
+    return sum(tensor_bytes(shape, dtype) for shape, dtype in answers)
 
 
 def run(
@@ -190,10 +189,12 @@ def run(
     accumulate=False,
     out_TNV=None,
     lse_TN=None,
+    pieces=None,
 ):
     """Same contract as reference.prefill, but rows of `out_TNV` that no request owns keep what they held.
 
     All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
+    pieces: that each tile's keys are cut into, each with a program of its own. None is as many as the GPU has room for.
     """
     T, N, Q = q_TNQ.shape
     P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
@@ -210,19 +211,30 @@ def run(
     block = _block(device, Q, V)
     q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
     k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
-    # Zeroed by each launch: one that relied on those before would never recover from memory that an engine took away.
-    claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
-    kinds = _kinds(q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN)
-    _launch(
-        (causal, accumulate, Q, R, V, *kinds), device.num_sms,
+    tiles = _most_tiles(T, B, N)
+    pieces = pieces or pieces_of(tiles, len(v_SNV), device.num_sms)
+    cut = pieces > 1
+    if cut:
+        programs, claimed = tiles * pieces, query_start_B1  # nothing is claimed
+        into = scratch(None, shapes(pieces, T, N, V), q_TNQ.device)
+    else:
+        # Zeroed by each launch: one that relied on those before would never recover from memory that an engine took
+        # away.
+        programs, claimed = device.num_sms, torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
+        into = out_TNV, lse_TN
+    in_place = accumulate and not cut
+    launch(
+        _prefill_kernel, (programs,),
         _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
         _describe(k_nope_SNP, (block, COLUMNS.value)),
         _describe(k_rope_SNR, (block, COLUMNS.value)),
         _describe(v_SNV, (block, V)),
         q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
-        query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), scale * LOG2_E.value,
-        out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
-        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=accumulate,
-        LOADER_REGS=24,
+        query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), pieces, T, scale * LOG2_E.value,
+        into[0], *into[0].stride()[:2], into[1], *into[1].stride(),
+        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=in_place, CUT=cut,
+        LOADER_REGS=24, num_warps=4,
     )  # fmt: skip
+    if cut:
+        merge_pieces(out_TNV, lse_TN, *into, query_start_B1, pieces=pieces, accumulate=accumulate, overlap=True)
     return out_TNV, lse_TN
