@@ -100,19 +100,25 @@ def test_soak(tmp_path, checkpoints, kernel):
     assert not run["moved"]
 
 
-@pytest.mark.xfail(
-    reason="vLLM 0.26 on an H200: without experts one request in five has other bits in a batch, with TRITON_MLA as "
-    "with ours, and with experts nearly all; of our kernels alone bits are the same (test_gpu_invariance.py)"
-)
+# vLLM 0.26's own kernel for a norm behind a residual takes 1024 threads a token in steps of less than 256 tokens and 256
+# in others, in its batch-invariant mode too, and so adds squares in another order. PyTorch's norm does not.
+NORMS_OF_PYTORCH = {
+    "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
+    "compilation_config": GRAPHS["compilation_config"] | {"custom_ops": ["-rms_norm"]},
+}
+
+
 @pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])
-def test_bits_of_a_request_alone(tmp_path, checkpoints, kernel):
-    run = soak(tmp_path, checkpoints(heads=16, layers=1, hidden=1024), kernel, count=200)
+@pytest.mark.parametrize("layers", [1, 2], ids=["dense", "experts"])
+def test_bits_of_a_request_alone(tmp_path, checkpoints, layers, kernel):
+    model = checkpoints(heads=16, layers=layers, hidden=1024)
+    run = soak(tmp_path, model, kernel, count=200, **NORMS_OF_PYTORCH)
     for number, answer in run["answers"].items():
         alone = run["alone"][number]
         assert (answer["tokens"], answer["logprobs"]) == (alone["tokens"], alone["logprobs"]), number
 
 
-def soak(tmp_path, model, kernel: str, count: int) -> dict:
+def soak(tmp_path, model, kernel: str, count: int, **more) -> dict:
     if kernel == "gluon_sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     options = {
@@ -122,6 +128,7 @@ def soak(tmp_path, model, kernel: str, count: int) -> dict:
         "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": 256 << 20,  # of 4 layers 58,000 tokens: fewer than 64 of the longest have
         **GRAPHS,
+        **more,
     }
     env = {"VLLM_BATCH_INVARIANT": "1", "MLA_BACKEND_DECODE": kernel}
     load = {"count": count, "longest": 4000, "answer": 128, "at_once": 128, "alone": 100}
