@@ -197,6 +197,7 @@ LEAVES = {
     "schedule": ("hopper",),
     "split_merge": ("primitives",),
     "splits": ("primitives",),
+    "tiles": ("device",),
     "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
     "hopper_convert": ("hopper", "hopper_load", "schedule"),

@@ -39,7 +39,7 @@ GEOMETRIES = {  # num_heads, kv_lora_rank, nope, rope, v
 TILE_SCALED = ("DeepSeek-V3 TP8", "GLM-4.7-Flash")  # 512 + 64, as engines have them; query tiles of 16, 32 and 64 rows
 EVERY_VARIANT = "DeepSeek-V3 TP8"  # float16, float32 and every option are compiled for this one alone, to save time
 TILED_AS_SM_86 = 89  # which has as much shared memory: what is left to see is that it compiles
-SMS = {80: 108, 86: 84, 89: 142, 90: 132, "gfx942": 304}
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170, "gfx942": 304}
 MAX_QUERY_LEN = 4
 # Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
 MOST_SPILLED = 1024
@@ -119,7 +119,7 @@ class TargetOnly:
         return self.target
 
     def get_current_device(self):
-        return 0
+        return hash(self.target)  # Triton keeps what it has compiled by the device's number
 
     def get_current_stream(self, device):
         return 0
