@@ -5,10 +5,10 @@ A class is named by its first architecture. A device that is not here is tiled a
 shared memory, or the next smaller; of several, as the newest that is no newer than the device. So sm_89 is tiled as
 sm_86, sm_103 as sm_100, gfx950 as gfx942.
 
-Where numbers come from stands beside each class. "Compiled" means never timed: the largest that spills no register, and
-of which an SM has shared memory and registers for as many programs as stand there, by what Triton made of the
-candidates without a GPU (`make tile-resources`, benchmarks/results/tile_resources.csv). tests/tile_resources.py has the
-rule, and tests/test_tiles.py sees that the table follows it.
+Where numbers come from stands beside each class. "Compiled" means never timed: the largest that spills no register
+(with fixed splits, not much) and of which an SM has shared memory and registers for as many programs as stand there, by what
+Triton made of candidates without a GPU (`make tile-resources`, benchmarks/results/tile_resources.csv).
+tests/tile_resources.py has the rule, and tests/test_tiles.py sees that the table follows it.
 """
 
 from functools import cache
@@ -53,13 +53,12 @@ _SMALL = PrefillTile(16, 16, 4, 1)
 
 TILES = {
     # Compiled. 164 KiB of shared memory an SM: two programs with 64 tokens of 512 + 64 each do not fit. With an fp8
-    # cache every tile of 64 query rows spills.
+    # cache every tile of 64 query rows spills; with a 16-bit one that of 32 tokens spills 3 KB with fixed splits.
     "sm_80": Tiles(
         decode={
             "16-bit": {
                 16: {288: (64, 4, 3, 2), 640: (64, 8, 3, 1)},
                 32: {288: (64, 4, 2, 2), 576: (32, 8, 2, 1), 640: (64, 8, 2, 1)},
-                64: {288: (64, 8, 2, 1), 640: (32, 8, 2, 1)},
             },
             "fp8": {
                 16: {640: (64, 8, 3, 1)},

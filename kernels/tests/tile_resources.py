@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import torch
 import triton
-from compile_worker import compiled_instead_of_launched, launch_case, launch_ragged, resources
+from compile_worker import MOST_SPILLED, compiled_instead_of_launched, launch_case, launch_ragged, resources
 
-from mla_kernels import Device, MLAGeometry
+from mla_kernels import Device, MLAGeometry, split_for
 from mla_kernels.decode import triton_splitkv
 from mla_kernels.device import device_called
 from mla_kernels.prefill import triton_ragged
@@ -78,12 +78,14 @@ class Candidate(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """Registers of a thread, bytes that a thread spills, shared bytes of a program, its columns of tensor memory."""
+    """Registers of a thread, bytes that a thread spills, shared bytes of a program, its columns of tensor memory; bytes
+    spilled with fixed splits, which few ask for: what the compile tests allow is enough there."""
 
-    registers: int
-    spilled: int
-    shared: int
-    tensor_columns: int
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    tensor_columns: int = 0
+    spilled_in_splits: int = 0
 
 
 def keys():
@@ -134,6 +136,8 @@ def faults(one: Candidate, found: Taken, device: Device) -> list[str]:
         "columns of tensor memory": (found.tensor_columns, TENSOR_COLUMNS),
     }
     wrong = [f"no spills, got {found.spilled} bytes"] if found.spilled else []
+    if found.spilled_in_splits > MOST_SPILLED:
+        wrong.append(f"at most {MOST_SPILLED} bytes spilled with fixed splits, got {found.spilled_in_splits}")
     return wrong + [
         f"{one.programs} programs in {limit} {what}, got {took} each"
         for what, (took, limit) in limits.items()
@@ -155,13 +159,19 @@ def _forms(key: Key, one: Candidate):
     if key.operation == "decode":
         triton_splitkv.decode_tile = lambda *_: DecodeTile(*one)
         latent, rope = DECODE[key.width]
+        heads = 128 if one.rows == 64 else one.rows  # as many as need tiles of 64 rows for one token
         usual = key.width == USUAL  # what engines have with tile-scaled rows, and in every form
         for cache in CACHES[key.cache] if usual else CACHES[key.cache][:1]:
             options = {"dtype": dtype, "cache_dtype": cache, "needles": False}
             options["cache_scale"] = 0.5 if cache == torch.float8_e4m3fn else None
-            for page in PAGES if usual and cache != torch.uint8 and one.tokens > min(PAGES) else PAGES[:1]:
-                case = make_decode(_geometry(one.rows, latent, rope=rope), [70, 1], page_size=page, **options)
+            pages = PAGES if usual and cache != torch.uint8 and one.tokens > min(PAGES) else PAGES[:1]
+            geometry = _geometry(heads, latent, rope=rope)
+            cases = [make_decode(geometry, [70, 1], page_size=page, **options) for page in pages]
+            for case in cases:
                 yield lambda case=case: launch_case(triton_splitkv.run, case)
+            if usual:
+                cases[0].options["split_tokens"] = split_for(geometry)
+                yield lambda case=cases[0]: launch_case(triton_splitkv.run, case)
         return
     triton_ragged.prefill_tile = lambda *_: PrefillTile(*one[:4])
     for (nope, rope, v), (causal, accumulate) in product(PREFILL[key.width], PREFILL_FORMS):
@@ -178,14 +188,16 @@ class NotLaunched:
 
 def taken(key: Key, one: Candidate, device: Device) -> Taken:
     """The most that any form takes, or what was found at the first fault."""
-    most = Taken(0, 0, 0, 0)
+    most = Taken()
     for launch in _forms(key, one):
         with compiled_instead_of_launched(device) as compiled:
             launch()
-        ((_, kernel, log),) = compiled
+        ((function, kernel, log),) = compiled
         found = resources(kernel, device, log)
+        spilled = (0, found["spilled"]) if function == "_fixed_splits_kernel" else (found["spilled"], 0)
         columns = getattr(kernel.metadata, "tmem_size", 0) or 0
-        most = Taken(*map(max, most, (found["registers"], found["spilled"], found["shared"], columns)))
+        numbers = (found["registers"], spilled[0], found["shared"], columns, spilled[1])
+        most = Taken(*map(max, most, numbers))
         if faults(one, most, device):
             break
     return most
@@ -200,11 +212,11 @@ def hopeless(key: Key, one: Candidate, device: Device) -> bool:
 def compile_key(name: str, key: Key) -> list[tuple[Candidate, Taken]]:
     """The candidates of a class that were tried, and what they take: the last has no fault, if any has none."""
     tried, devices = [], [device_called(target) for target in CLASSES[name]]
-    triton_splitkv._merge_kernel = NotLaunched()
+    triton_splitkv._merge_kernel, triton_splitkv.merge_splits = NotLaunched(), lambda *_, **__: None
     for one in [in_table(devices[0], key)] if name in MEASURED else candidates(key):
         if any(hopeless(key, one, device) for device in devices):
             continue
-        most, wrong = Taken(0, 0, 0, 0), []
+        most, wrong = Taken(), []
         for device in devices:
             triton_splitkv.device_of = triton_ragged.device_of = lambda where, device=device: device
             most = Taken(*map(max, most, taken(key, one, device)))
