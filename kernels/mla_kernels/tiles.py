@@ -6,8 +6,8 @@ shared memory, or the next smaller; of several, as the newest that is no newer t
 sm_86, sm_103 as sm_100, gfx950 as gfx942.
 
 Where numbers come from stands beside each class. "Compiled" means never timed: the largest that spills no register
-(with fixed splits, not much) and of which an SM has shared memory and registers for as many programs as stand there, by what
-Triton made of candidates without a GPU (`make tile-resources`, benchmarks/results/tile_resources.csv).
+(with fixed splits, not much) and of which an SM has shared memory and registers for as many programs as stand there, by
+what Triton made of candidates without a GPU (`make tile-resources`, benchmarks/results/tile_resources.csv).
 tests/tile_resources.py has the rule, and tests/test_tiles.py sees that the table follows it.
 """
 
