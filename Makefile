@@ -4,6 +4,7 @@
 # make test-gpu   kernel tests on the GPU that is here, and the engine's tests that need one
 # make lint       ruff alone
 # make compile-matrix  compile the Hopper kernel with Triton 3.6 to 3.9, without a GPU; 3 GB in build/
+# make tile-resources  find tiles of the portable kernels for GPUs that are not here; a quarter of an hour
 # make venv       only the set-up: a virtual environment in .venv, with Python 3.11
 # make clean      remove everything that the others made, the virtual environments too
 #
@@ -50,7 +51,7 @@ test -x $(1)/bin/pip || { echo "Making $(1) with $(BASE) ..."; "$(BASE)" -m venv
 rm -rf mla_backend.egg-info
 endef
 
-.PHONY: help venv installed demo test test-sglang test-gpu lint compile-matrix clean
+.PHONY: help venv installed demo test test-sglang test-gpu lint compile-matrix tile-resources clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -116,6 +117,9 @@ compile-matrix: $(TRITONS:%=build/triton-%/.installed)
 build/triton-%/.installed: | $(READY)
 	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(@D) triton==$*
 	@touch $@
+
+tile-resources: $(READY)
+	PYTHONPATH=kernels $(RUN) kernels/tests/tile_resources.py
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) models build dist *.egg-info stubs/*/*/build stubs/*/*/*.egg-info

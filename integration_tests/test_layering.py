@@ -199,6 +199,7 @@ LEAVES = {
     "prefill_pieces": ("launching", "primitives"),
     "split_merge": ("launching", "primitives"),
     "splits": ("launching", "primitives"),
+    "tiles": ("device",),
     "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
     "hopper_convert": ("hopper", "hopper_load", "schedule"),

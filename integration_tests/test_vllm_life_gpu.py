@@ -100,8 +100,8 @@ def test_soak(tmp_path, checkpoints, kernel):
     assert not run["moved"]
 
 
-# vLLM 0.26's own kernel for a norm behind a residual takes 1024 threads a token in steps of less than 256 tokens and 256
-# in others, in its batch-invariant mode too, and so adds squares in another order. PyTorch's norm does not.
+# vLLM 0.26's own kernel for a norm behind a residual takes 1024 threads a token in steps of less than 256 tokens, and
+# 256 in others, in its batch-invariant mode too: so it adds squares in another order. PyTorch's norm does not.
 NORMS_OF_PYTORCH = {
     "ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]},
     "compilation_config": GRAPHS["compilation_config"] | {"custom_ops": ["-rms_norm"]},

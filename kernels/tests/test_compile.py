@@ -11,7 +11,7 @@ import sys
 import pytest
 
 WORKER = pathlib.Path(__file__).with_name("compile_worker.py")
-TARGETS = (("cuda", "80"), ("cuda", "86"), ("cuda", "89"), ("cuda", "90"), ("hip", "gfx942"))
+TARGETS = (*(("cuda", arch) for arch in ("80", "86", "89", "90", "100", "120")), ("hip", "gfx942"))
 HOPPER = ("gluon_sm90", "gluon_sm90_ragged")
 NAMES = ("triton_splitkv", "triton_ragged", "cache_write cache_gather merge")  # of operations, or of kernels
 

@@ -10,8 +10,6 @@ device*: a captured graph adapts to every batch, and scratch depends on the GPU 
 With `split_tokens` pieces are fixed splits (splits.py), and programs take turns at them.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +30,7 @@ from mla_kernels.primitives import (
     scratch,
 )
 from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
+from mla_kernels.tiles import DecodeTile, decode_tile
 from mla_kernels.triton_piece import answer, query_tokens
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
@@ -189,54 +188,14 @@ def _merge_kernel(
         tl.store(lse_ptr + token * stride_lse_t + head * stride_lse_n, (top + tl.log2(total)) * LN_2)
 
 
-class Tile(NamedTuple):
-    """Query rows and cache tokens of a tile, and how a program runs it."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-    pieces_per_sm: int
-
-
-# Cache tokens of a tile and software-pipeline stages, fastest on an H200 first; three stages pay for 16 rows alone.
-_SIZES = ((64, 3), (64, 2), (32, 2), (32, 1), (16, 1))
-_SMALL_SHARED_BYTES = 128 << 10
-
-
-def _tile(rows: int, row_values: int, itemsize: int, device: Device, fp8: bool = False) -> Tile:
-    """The first size whose staged cache rows and softmax weights fit in shared memory beside the query's rows.
-
-    itemsize: of queries, and of cached values where they are multiplied.   fp8: cached values are converted before,
-    which takes registers; with the tiles of other caches they spill.
-    """
-    most_rows = 32 if device.shared_bytes < _SMALL_SHARED_BYTES else 64
-    block_m = min(most_rows, max(16, triton.next_power_of_2(rows)))
-    if device.interpreted:  # time goes by the number of operations
-        return Tile(block_m, 64, 4, 1, 2)
-    if itemsize == 4:  # IEEE float32 has no tensor cores: small tiles, or registers spill
-        return Tile(16, 16, 4, 1, 2)
-    # Hopper's matrix instructions read 64 rows from shared memory in every stage; older ones load the last into
-    # registers.
-    in_registers = 0 if block_m == 64 and device.kind == "cuda" and device.arch >= 90 else 1
-    free = device.shared_bytes - block_m * row_values * itemsize
-    sizes = _SIZES[2:] if fp8 else _SIZES if block_m == 16 else _SIZES[1:]
-    for tokens, stages in sizes:
-        staged_rows = tokens * max(1, stages - in_registers)
-        if (staged_rows * row_values + block_m * tokens) * itemsize <= free:
-            break
-    warps, pieces_per_sm = (8, 1) if block_m == 64 or (fp8 and block_m == 32) else (4, 2)
-    return Tile(block_m, tokens, warps, stages, pieces_per_sm)
-
-
-def _row_tiles_and_pieces(rows: int, tile: Tile, device: Device) -> tuple[int, int]:
+def _row_tiles_and_pieces(rows: int, tile: DecodeTile, device: Device) -> tuple[int, int]:
     """Tiles that the query rows of a request take, and pieces to cut the batch's cache into for each."""
     row_tiles = triton.cdiv(rows, tile.rows)
     return row_tiles, max(1, device.num_sms * tile.pieces_per_sm // row_tiles)
 
 
 def _scratch_rows(rows: int, row_values: int, itemsize: int, device: Device, fp8: bool = False) -> int:
-    tile = _tile(rows, row_values, itemsize, device, fp8)
+    tile = decode_tile(rows, row_values, itemsize, device, fp8)
     row_tiles, pieces = _row_tiles_and_pieces(rows, tile, device)
     return 2 * pieces * row_tiles * tile.rows if pieces > 1 else 0  # one piece for the batch: no request is cut
 
@@ -290,7 +249,7 @@ def run(
 
     rows = query_len * N if split_tokens is None else N  # tiles of other heights may have other bits
     sizes = (rows, L + R, q_latent_TNL.element_size(), device, cache_AGK.dtype in _CODES)
-    tile, packed = _tile(*sizes), packed_row(cache_AGK, L + R)
+    tile, packed = decode_tile(*sizes), packed_row(cache_AGK, L + R)
     starts = query_start_B1 if ragged else seq_lens_B  # not read when every request has query_len tokens
     inputs = (q_latent_TNL, q_rope_TNR, as_codes(cache_AGK), block_table_BM, seq_lens_B, starts, out_TNL, lse_TN)
     out_strides = (out_TNL.stride(0), out_TNL.stride(1), lse_TN.stride(0), lse_TN.stride(1))
@@ -345,7 +304,7 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
         rows = query_len * heads
         if problem.split_tokens:  # tiles go by the heads alone
             return ("splits", _batch_bucket(requests)), ("merge", merge_columns(requests, rows, latent))
-        return (_tile(rows, *sizes), _batch_bucket(requests)), ("merge", _merge_columns(latent, requests * rows))
+        return (decode_tile(rows, *sizes), _batch_bucket(requests)), ("merge", _merge_columns(latent, requests * rows))
 
     return reaching_all(forms, max_requests, query_lens)
 

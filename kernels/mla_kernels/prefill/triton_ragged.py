@@ -8,14 +8,13 @@ Where it accumulates, the softmax begins with the answer so far instead of nothi
 Keys are never concatenated: a score is the sum of a nope and a rope product, both read where the projection left them.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.launching import launch
 from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, prefill_outputs, refusals, require_adjacent
+from mla_kernels.tiles import prefill_tile
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. In kernels:
 # M queries of a tile, K keys of a block. Widths that are no power of two are cut into two column ranges,
@@ -179,37 +178,6 @@ def _prefill_kernel(
         tl.store(out_ptr + column, acc2_MV * share_M[:, None], mask=real[:, None] & (column < V))
 
 
-class Tile(NamedTuple):
-    """Queries and keys of a tile, and how a program runs it."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# Best first; small enough that sm_90 spills nothing inside the loops.
-_TILES = (
-    Tile(128, 64, 8, 3),
-    Tile(128, 64, 8, 2),
-    Tile(128, 32, 8, 2),
-    Tile(64, 32, 4, 2),
-)
-
-
-def _tile(device: Device, itemsize: int, qk_width: int, v_width: int) -> Tile:
-    """The first tile whose queries and staged keys and values fit in shared memory, or the smallest."""
-    if device.interpreted:  # time goes by the number of operations
-        return Tile(64, 64, 4, 1)
-    if itemsize == 4:  # IEEE float32 has no tensor cores: small tiles, or registers spill
-        return Tile(16, 16, 4, 1)
-    for tile in _TILES:
-        values = tile.queries * qk_width + tile.stages * tile.keys * (qk_width + v_width)
-        if values * itemsize <= device.shared_bytes:
-            break
-    return tile
-
-
 def _ranges(width: int) -> tuple[int, int]:
     """Two column ranges that cover `width`: a power of two, and one for the rest or 0. Tensor cores want 16 or more."""
     main = max(16, 1 << width.bit_length() - 1)
@@ -242,7 +210,7 @@ def run(
     device = device_of(q_TNQ)
     (P1, P2), (V1, V2) = _ranges(P), _ranges(V)
     R_PAD = max(16, triton.next_power_of_2(R)) if R else 0
-    tile = _tile(device, q_TNQ.element_size(), P1 + P2 + R_PAD, V1 + V2)
+    tile = prefill_tile(device, q_TNQ.element_size(), P1 + P2 + R_PAD, V1 + V2)
     launch(
         _prefill_kernel, (triton.cdiv(max_query_len, tile.queries), N, len(query_start_B1) - 1),
         q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN, scale * LOG2_E.value,
