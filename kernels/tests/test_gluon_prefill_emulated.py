@@ -12,7 +12,7 @@ import mla_kernels.primitives as primitives
 from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, RaggedCase, assert_matches, check_prefill, make_prefill
 
-MODULES = ("hopper", "hopper_prefill_load", "hopper_prefill", "prefill.gluon_sm90_ragged")
+MODULES = ("hopper", "tma", "hopper_prefill_load", "hopper_prefill", "prefill.gluon_sm90_ragged")
 GPU = Device("cuda", 90, "a small Hopper", 5)
 
 
