@@ -226,6 +226,23 @@ def test_wrong_option(option, value, reason):
     assert reason in done.stderr
 
 
+def test_no_option_is_called_by_its_metavar():
+    """typer 0.27.2 takes a metavar that is a parameter's name in capitals for the name: --RATES."""
+    command = pytest.importorskip("typer.main").get_command
+    from mla_backend.cli import application
+
+    def commands(one):
+        yield one
+        for other in getattr(one, "commands", {}).values():
+            yield from commands(other)
+
+    found = [parameter for one in commands(command(application())) for parameter in one.params]
+    assert len(found) > 30
+    assert [
+        one.name for one in found if (one.metavar or "").lower() == one.name and one.param_type_name == "option"
+    ] == []
+
+
 def test_options_arrive(monkeypatch):
     runner = pytest.importorskip("typer.testing").CliRunner()
     from mla_backend.bench import decode, report

@@ -221,7 +221,7 @@ def serve(
     ] = "1k,32k,ngram",
     rates: Annotated[
         str | None,
-        typer.Option(metavar="RATES", help="Requests a second, with commas between.", show_default="8,inf; 32k: 4,inf"),
+        typer.Option(metavar="LIST", help="Requests a second, with commas between.", show_default="8,inf; 32k: 4,inf"),
     ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model; DeepSeek-V2-Lite has 27.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="How often each load is repeated.")] = 2,
@@ -272,7 +272,7 @@ def quality(
         ),
     ] = "bf16,fp8",
     lengths: Annotated[
-        str, typer.Option(metavar="TOKENS", help="Lengths of context, with commas between.")
+        str, typer.Option(metavar="LIST", help="Lengths of context, with commas between.")
     ] = "512,2048,8192",
     dtype: Annotated[str, typer.Option(help="Of the model.")] = "bfloat16",
     csv: Annotated[pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the rows.")] = None,
