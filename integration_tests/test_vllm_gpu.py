@@ -64,6 +64,18 @@ def test_fp8_cache_with_cuda_graphs(engine, checkpoints, name, row, rounded):
     assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
 
 
+def test_fp8_cache_in_bfloat16(engine, checkpoints):
+    """As a server has it, by the kernel that Hopper takes for it."""
+    folder = checkpoints(layers=1)
+    run = engine(folder, [prompts()], kv_cache_dtype="fp8", dtype="bfloat16", **GRAPHS)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert f"decode {'gluon_sm90' if hopper else 'triton_splitkv'}" in run.log
+    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor)
+    for got, want in zip(run.rounds[0], wanted, strict=True):
+        differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
+        assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+
+
 def test_tile_scaled_rows_are_those_of_vllms_kernels():
     """Each reads what the other wrote. Bytes are the same where vLLM's scales are powers of two, as they are since its
     pull request 49435; before it wrote the quotients themselves."""

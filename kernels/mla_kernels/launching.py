@@ -4,11 +4,15 @@ At every launch Triton asks what each argument means for the code and checks all
 the driver looks up every pointer. In a step that no CUDA graph holds that was most of what a layer of ours took of the
 host: beside an H200 (2026-11-27, Triton 3.6) 144 us for a decode with its merge, 43 us for a cache write. Here a table
 has what Triton compiled, by all that its code depends on.
+
+Hooks for launches are called as ever. What Triton asks of its settings at each launch (debug, instrumentation, hooks
+before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one.
 """
 
 from typing import NamedTuple
 
 import torch
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mla_kernels.device import is_rocm
@@ -48,7 +52,7 @@ def _kind_of(kernel: JITFunction, args: tuple) -> _Kind:
     if kernel.params != given + constants or len(given) != len(args):
         raise TypeError(f"{kernel.__name__} wants its arguments by position, and behind them compile-time ones by name")
     tensors = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
-    integers = [i for i, x in enumerate(args) if type(x) is int]
+    integers = [i for i, x in enumerate(args) if isinstance(x, int) and not isinstance(x, bool)]
     by_value = [i for i in integers if not given[i].do_not_specialize]
     plain = [given[i].do_not_specialize or given[i].do_not_specialize_on_alignment for i in tensors]
     return _Kind(
@@ -95,7 +99,11 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     found = kind.compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **constants)
-        kind.compiled[key] = compiled, [constants[name] for name in kind.constants]
+        # A hook may have kept Triton from compiling, or it compiles still; and on another device than its tensors' it
+        # would stand here for good.
+        here = {-1, driver.active.get_current_device()}
+        if hasattr(type(compiled), "__getitem__") and {args[i].get_device() for i in kind.tensors} <= here:
+            kind.compiled[key] = compiled, [constants[name] for name in kind.constants]
     else:
         compiled, last = found
         compiled[(*grid, 1, 1)[:3]](*passed, *last)

@@ -2,8 +2,8 @@
 of devices, and how it runs.
 
 A class is named by its first architecture. A device that is not here is tiled as the class of its kind that has as much
-shared memory, or the next smaller; of several, as the newest that is no newer than the device. So sm_89 is tiled as
-sm_86, sm_103 as sm_100, gfx950 as gfx942.
+shared memory, or the next smaller, or the smallest if there is none; of several, as the newest that is no newer than
+the device. So sm_89 is tiled as sm_86, sm_103 as sm_100, gfx950 as gfx942.
 
 Where numbers come from stands beside each class. "Compiled" means never timed: the largest that spills no register
 (with fixed splits, not much) and of which an SM has shared memory and registers for as many programs as stand there, by
@@ -110,6 +110,11 @@ TILES = {
             (192, 256): PrefillTile(128, 64, 8, 3),
             (256, 128): PrefillTile(128, 64, 8, 3),
             (256, 256): PrefillTile(128, 64, 8, 2),
+            # Wider than any model that is known. Elsewhere such keys take the smallest tile: nothing was compiled.
+            (320, 64): PrefillTile(128, 64, 8, 3),
+            (320, 256): PrefillTile(128, 64, 8, 2),
+            (384, 128): PrefillTile(128, 64, 8, 2),
+            (384, 256): PrefillTile(128, 32, 8, 2),
         },
     ),
     # Compiled. Tiles of 64 query rows would multiply in tensor memory: all of them spill, and the Hopper one, of 64

@@ -57,6 +57,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
     supports_mtp_with_cp_non_trivial_interleave_size: bool = True
     supports_pcp: bool = False
     _ready: ClassVar[set[tuple[MLAAttention, Traffic]]] = set()
+    _slices: ClassVar[dict[tuple, tuple[int, list[torch.Tensor]]]] = {}  # of vLLM's memory for scratch: see _scratch
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,7 +77,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         config = MLABackendConfig.from_environment()
         self.attention = _attention(problem, device, config, self.scale, self._max_requests, self._ranks)
         self._scratch_shapes = tuple(self.attention.decode_workspace(self._max_requests))
-        self._scratch_bytes, self._slices = scratch_bytes(self._scratch_shapes), None
+        self._scratch_bytes = scratch_bytes(self._scratch_shapes)
         self._device = torch.device(vllm_config.device_config.device)
         self._scratch()  # vLLM builds layers before it profiles memory, so this scratch is in its account
         self.own_prefill = _claim_prefill(vllm_config.attention_config)
@@ -88,13 +89,15 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
             return []
         if not is_workspace_manager_initialized():
             return _own_scratch(self._device, self._scratch_shapes).take(self._scratch_shapes)
-        if not current_workspace_manager().is_locked():  # slices that we kept would keep what it grew out of
+        if not current_workspace_manager().is_locked():
+            self._slices.clear()  # of all layers: they would keep what it grows out of
             return current_workspace_manager().get_simultaneous(*self._scratch_shapes)
         (whole,) = current_workspace_manager().get_simultaneous(((self._scratch_bytes,), torch.uint8))
-        if self._slices is None or self._slices[0] != whole.data_ptr():
+        address, slices = self._slices.get(self._scratch_shapes, (0, None))
+        if address != whole.data_ptr():
             slices = current_workspace_manager().get_simultaneous(*self._scratch_shapes)
-            self._slices = whole.data_ptr(), slices
-        return self._slices[1]
+            self._slices[self._scratch_shapes] = whole.data_ptr(), slices
+        return slices
 
     def reserve_workspace(self) -> None:
         """vLLM (0.33) profiles memory, or runs a step without requests: take for a moment what a step takes beyond what
