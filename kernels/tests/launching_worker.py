@@ -67,24 +67,8 @@ def arguments():
     xs = [memory, memory[1:], memory.half(), memory.half()[8:], memory.half()[1:]]
     short = torch.zeros(8, dtype=torch.int32)
     lengths = [short, short[1:], short.long()]
-    numbers = [
-        0,
-        1,
-        2,
-        16,
-        17,
-        48,
-        -1,
-        -16,
-        2**31 - 1,
-        2**31,
-        -(2**31),
-        2**40,
-        2**40 + 1,
-        2**63 + 1,
-        Number(16),
-        Number(17),
-    ]
+    numbers = [0, 1, 2, 16, 17, 48, -1, -16, 2**31 - 1, 2**31, -(2**31), 2**40, 2**40 + 1, 2**63 + 1]
+    numbers += [Number(1), Number(16), Number(17)]
     yield from itertools.product(xs, lengths, [None, memory[:1]], [1, 3, 2**33], numbers, [7, 16], [0.5, 1.0])
 
 
