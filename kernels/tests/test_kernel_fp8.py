@@ -167,7 +167,7 @@ def test_scale_is_read_when_the_kernel_runs(kernel, place):
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gpus_without_fp8_take_it(operation, arch):
-    """Prefill reads no cache, so that it may be any kernel."""
+    """Prefill reads no cache, so that it may be any kernel; Hopper has one of its own for decode."""
     problem = problem_of(64, torch.bfloat16, latent=512, rope=64)
     kernel = select(operation, problem, Device("cuda", arch)).kernel.name
-    assert operation == "prefill" or kernel.startswith("triton_")
+    assert operation == "prefill" or kernel.startswith("triton_") or (kernel, arch) == ("gluon_sm90", 90)
