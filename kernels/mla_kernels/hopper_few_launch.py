@@ -13,7 +13,7 @@ from mla_kernels.hopper import barrier
 from mla_kernels.hopper_convert import convert_keys
 from mla_kernels.hopper_decode import allocate, write_plan
 from mla_kernels.hopper_few import accumulate, attend
-from mla_kernels.hopper_launch import parts_of, row_tiles
+from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
@@ -81,13 +81,11 @@ def _warps(prepared) -> tuple[int, int, int]:
     return (4, 56, 136) if prepared.gather else (1, 40, 144)
 
 
-def decode_few(prepared, rows: int, part, part_lse, plan, cache_scale) -> None:
+def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, plan, cache_scale) -> None:
     """Start it for `rows` query rows of a request: up to max(COLUMNS), or any number with an fp8 cache.
 
-    prepared: hopper_launch.prepare_launch's.   part, part_lse, plan: scratch for tiles of `columns_of` rows.
+    prepared: hopper_launch.prepare_launch's.   columns: of `columns_of`.   parts: of the batch, for such tiles.
     """
-    columns = columns_of(rows, prepared.codes)
-    parts = parts_of(rows, columns, prepared.device)
     loader_warps, loader_registers, adder_registers = _warps(prepared)
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),

@@ -6,7 +6,7 @@ import torch
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper_load import LATENT, TILE
-from mla_kernels.primitives import E4M3, LOG2_E, decode_outputs, require_adjacent
+from mla_kernels.primitives import E4M3, LOG2_E, cdiv, decode_outputs, require_adjacent
 from mla_kernels.schedule import BLOCK
 from mla_kernels.split_merge import plan_size
 from mla_kernels.tma import describe
@@ -16,7 +16,7 @@ _TMA_SMALL_PAGES = (16, 32)  # smaller than a block: several boxes
 
 def row_tiles(rows: int, height: int) -> int:
     """Tiles of `height` query rows that a request has."""
-    return -(-rows // height)
+    return cdiv(rows, height)
 
 
 def parts_of(rows: int, height: int, device: Device) -> int:

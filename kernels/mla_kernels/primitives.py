@@ -17,8 +17,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """As triton.next_power_of_2, of one and more."""
-    return 1 << (n - 1).bit_length()
+    """As triton.next_power_of_2, but 1 of 0."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def refusals(device, *, cache: torch.dtype | None = None, **dtypes) -> list[str]:

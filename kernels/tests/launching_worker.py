@@ -11,22 +11,12 @@ import json
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+from compile_worker import TargetOnly
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mla_kernels import Device
 from mla_kernels.launching import launch
-
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 class Code:
@@ -73,7 +63,7 @@ def arguments():
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    driver.set_active(TargetOnly(Device("cuda", 90)))
     JITFunction._do_compile = compile_nothing
     codes, seen_by_triton, differences, launches = set(), 0, [], 0
     forms = [{"N": 4, "WIDE": False}, {"N": 4, "WIDE": True, "num_warps": 8}]

@@ -146,6 +146,19 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
     return reaching_all(forms, max_requests, query_lens)
 
 
+def _decode_rows(prepared, rows: int, parts: int, part, part_lse, plan, *, turn=None, window=None, split=0) -> None:
+    """Start the kernel whose queries are rows.  split: blocks of a fixed one; with it there are turns and no plan."""
+    gather, page = prepared.gather, prepared.constants["PAGE"]
+    gather_registers = 40 if split else 32
+    launch(
+        _decode_kernel, (row_tiles(rows, ROWS.value), parts),
+        *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, turn, window,
+        GATHER=gather, LOADER_WARPS=4 if gather else 1,
+        LOADER_REGS=gather_registers if gather or page < BLOCK.value else 24,
+        SPLIT=split, num_warps=4, **prepared.constants,
+    )  # fmt: skip
+
+
 def run(
     q_latent_TNL,
     q_rope_TNR,
@@ -170,24 +183,17 @@ def run(
     out_TNL, lse_TN = prepared.outputs
     if prepared.empty:
         return out_TNL, lse_TN
-    device, gather, requests = prepared.device, prepared.gather, len(seq_lens_B)
+    device, requests = prepared.device, len(seq_lens_B)
     rows = query_len * q_latent_TNL.shape[1]
     height = _height(rows, prepared.codes, split_tokens is not None)
     parts = parts_of(rows, height, device)
-    before_scratch = (*prepared.before_parts, parts, *prepared.behind_parts)
-    gather_registers = 40 if split_tokens else 32
-    constants = prepared.constants | {
-        "GATHER": gather, "num_warps": 4, "LOADER_WARPS": 4 if gather else 1,
-        "LOADER_REGS": gather_registers if gather or cache_AGK.shape[1] < BLOCK.value else 24,
-    }  # fmt: skip
-    grid = (row_tiles(rows, height), parts)
     if split_tokens is None:
         needed = scratch_shapes(scratch_rows(rows, height, device), device)
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
         if height < ROWS.value:
-            decode_few(prepared, rows, part, part_lse, plan, cache_scale)
+            decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         else:
-            launch(_decode_kernel, grid, *before_scratch, part, part_lse, plan, rows, None, None, SPLIT=0, **constants)
+            _decode_rows(prepared, rows, parts, part, part_lse, plan)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
             query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
@@ -198,10 +204,8 @@ def run(
         workspace, (rows, LATENT.value), block_table_BM, cache_AGK, split_tokens=split_tokens
     )
     for turn in range(turns.count):
-        launch(
-            _decode_kernel, grid, *before_scratch, part, part_lse, None, rows, turn, turns.window,
-            SPLIT=split_tokens // BLOCK.value, **constants,
-        )  # fmt: skip
+        blocks = split_tokens // BLOCK.value
+        _decode_rows(prepared, rows, parts, part, part_lse, None, turn=turn, window=turns.window, split=blocks)
         merge_splits(
             out_TNL, lse_TN, part, part_lse, seq_lens_B, query_start_B1,
             query_len=query_len, split_tokens=split_tokens, turns=turns, turn=turn, device=device, overlap=True,

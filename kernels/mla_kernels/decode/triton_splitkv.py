@@ -23,7 +23,9 @@ from mla_kernels.primitives import (
     LOG2_E,
     PACKED,
     as_codes,
+    cdiv,
     decode_outputs,
+    next_power_of_2,
     reaching_all,
     refusals,
     require_adjacent,
@@ -190,7 +192,7 @@ def _merge_kernel(
 
 def _row_tiles_and_pieces(rows: int, tile: DecodeTile, device: Device) -> tuple[int, int]:
     """Tiles that the query rows of a request take, and pieces to cut the batch's cache into for each."""
-    row_tiles = triton.cdiv(rows, tile.rows)
+    row_tiles = cdiv(rows, tile.rows)
     return row_tiles, max(1, device.num_sms * tile.pieces_per_sm // row_tiles)
 
 
@@ -259,7 +261,7 @@ def run(
     )  # fmt: skip
     common = {"N": N, "L": L, "RAGGED": ragged}
     constants = common | {
-        "R": R, "R_PAD": max(16, triton.next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B),
+        "R": R, "R_PAD": max(16, next_power_of_2(R)), "PAGE": cache_AGK.shape[1], "B_PAD": _batch_bucket(B),
         "BLOCK_M": tile.rows, "BLOCK_T": tile.tokens, "UPCAST": device.interpreted,
         "ROPE_AT": packed.rope_at if packed else 0, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
@@ -311,7 +313,7 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
 
 def _merge_columns(latent: int, rows: int) -> int:
     """Few query rows: several programs share one, each merges some columns of many pieces at a time."""
-    return min(latent, max(_MERGE_COLUMNS, triton.next_power_of_2(latent * rows // _MERGE_PROGRAMS)))
+    return min(latent, max(_MERGE_COLUMNS, next_power_of_2(latent * rows // _MERGE_PROGRAMS)))
 
 
 def _batch_bucket(batch: int) -> int:

@@ -13,7 +13,17 @@ import triton.language as tl
 
 from mla_kernels.device import Device, device_of
 from mla_kernels.launching import launch
-from mla_kernels.primitives import LN_2, LOG2_E, dot, dot_operand, prefill_outputs, refusals, require_adjacent
+from mla_kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    cdiv,
+    dot,
+    dot_operand,
+    next_power_of_2,
+    prefill_outputs,
+    refusals,
+    require_adjacent,
+)
 from mla_kernels.tiles import prefill_tile
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. In kernels:
@@ -181,7 +191,7 @@ def _prefill_kernel(
 def _ranges(width: int) -> tuple[int, int]:
     """Two column ranges that cover `width`: a power of two, and one for the rest or 0. Tensor cores want 16 or more."""
     main = max(16, 1 << width.bit_length() - 1)
-    return main, max(16, triton.next_power_of_2(width - main)) if width > main else 0
+    return main, max(16, next_power_of_2(width - main)) if width > main else 0
 
 
 def run(
@@ -209,10 +219,10 @@ def run(
     require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     device = device_of(q_TNQ)
     (P1, P2), (V1, V2) = _ranges(P), _ranges(V)
-    R_PAD = max(16, triton.next_power_of_2(R)) if R else 0
+    R_PAD = max(16, next_power_of_2(R)) if R else 0
     tile = prefill_tile(device, q_TNQ.element_size(), P1 + P2 + R_PAD, V1 + V2)
     launch(
-        _prefill_kernel, (triton.cdiv(max_query_len, tile.queries), N, len(query_start_B1) - 1),
+        _prefill_kernel, (cdiv(max_query_len, tile.queries), N, len(query_start_B1) - 1),
         q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN, scale * LOG2_E.value,
         *q_TNQ.stride()[:2], *k_nope_SNP.stride()[:2], *k_rope_SNR.stride()[:2], *v_SNV.stride()[:2],
         *out_TNV.stride()[:2], *lse_TN.stride(),
