@@ -200,10 +200,8 @@ def measured(monkeypatch, config, case=CAUSAL, **kernels):
     """A row and the refusals, with these functions as peers, one set of inputs and a clock that always says 3."""
     monkeypatch.setattr(prefill, "PREFILL", kernels)
     monkeypatch.setattr(prefill, "input_sets", lambda size: 1)
-    for module in (prefill, compare):
-        monkeypatch.setattr(module, "graph_us", lambda calls, **_: 3.0)
     refusals = []
-    options = {"peers": list(kernels), "refused": lambda *why: refusals.append(why)}
+    options = {"peers": list(kernels), "refused": lambda *why: refusals.append(why), "clock": lambda calls, **_: 3.0}
     return prefill.measure(case, config, **options, **ON_CPU), refusals
 
 

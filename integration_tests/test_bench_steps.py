@@ -36,8 +36,7 @@ def test_rows_know_that_they_are_steps():
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were one, and kernels alone were right and fast."""
-    for module in (compare, prefill):
-        monkeypatch.setattr(module, "machine", lambda: FACTS)
+    monkeypatch.setattr(compare, "machine", lambda: FACTS)
     monkeypatch.setattr(compare, "need_gpu", lambda: None)
     monkeypatch.setattr(prefill, "verify", lambda *_, **__: None)
     monkeypatch.setattr(prefill, "measure", lambda case, *_, **__: prefill_row(case, 60.0))
@@ -60,7 +59,7 @@ def test_without_a_gpu_nothing_runs():
 
 def test_steps_join_the_rows(monkeypatch, gpu, tmp_path, capsys):
     def run(cases, *, refused, **options):
-        assert options == {"peers": ["fa3"], "kernel": None}
+        assert options == {"peers": ["fa3"], "kernel": None, "eager": False}
         refused("fa3", "is not here", cases[0])
         yield from (prefill_row(case, 60.0, fa3=75.0) for case in cases)
 
@@ -104,17 +103,17 @@ class Layer:
         new = self.rows[self.context :]
         metadata = SimpleNamespace(prefill=SimpleNamespace(block_table=self.table))
         arrays = self.q, new[:, :32], new[:, None, 32:], self.cache, metadata, None
-        wanted = self.forward_mha, self, tokens or len(self.q), self.context, seen
+        wanted = self.forward_mha, self, tokens or len(self.q), self.context, seen, clock
         vllm_prefill_engine._watched(*wanted, *arrays, output=self.output)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(vllm_prefill_engine, "graph_us", lambda calls, **_: calls[0]() or 3.0)
+def clock(calls, **_):
+    calls[0]()
+    return 3.0
 
 
 @pytest.mark.parametrize("context", [0, 13, 16])
-def test_the_step_that_is_looked_for_is_checked_and_timed(clock, context):
+def test_the_step_that_is_looked_for_is_checked_and_timed(context):
     layer, seen = Layer(context, 5), []
     layer.step(seen)
     assert (seen, layer.calls) == ([3.0], 3)
@@ -122,7 +121,7 @@ def test_the_step_that_is_looked_for_is_checked_and_timed(clock, context):
     assert (seen, layer.calls) == ([3.0], 4), "another step is done, and no more"
 
 
-def test_a_wrong_answer_is_not_timed(clock):
+def test_a_wrong_answer_is_not_timed():
     seen = []
     with pytest.raises(BenchmarkError, match=r"forward_mha is off by 3.0e-02 of the norm of float32 attention"):
         Layer(13, 5, wrong=0.03).step(seen)
@@ -131,7 +130,7 @@ def test_a_wrong_answer_is_not_timed(clock):
 
 def serve_on_a_cpu(connection, folder, which, experiment):
     """`engine.serve` with a clock that looks at no GPU."""
-    vllm_prefill_engine.graph_us = lambda calls, **_: calls[0]() or 3.0
+    vllm_prefill_engine.graph_us = clock
     engine.serve(connection, folder, which, experiment)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US, ROPE, geometry_for
-from mla_backend.bench.results import peer_times
+from mla_backend.bench.results import kernel_of, peer_times
 
 PEERS = ("fa3", "flashinfer")
 SHAPE = ("count", "tokens", "context", "heads", "qk_dim", "v_dim")
@@ -123,5 +123,5 @@ def line(row: dict) -> str:
     peers = "  ".join(f"{peer} {us:.1f} ({us / ours:.2f}x)" for peer, us in peer_times(row).items())
     return (
         f"{case_of(row)!s:31} limit {row['limit_us']:8.1f}  ours {ours:8.1f} us, {teraflops(row, ours):4.0f} TFLOP/s"
-        f" ({row['kernel']})  {peers or 'no peer'}"
+        f" ({kernel_of(row)})  {peers or 'no peer'}"
     )

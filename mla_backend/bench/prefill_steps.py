@@ -35,10 +35,12 @@ class Experiment:
     """What every engine does.
 
     model: what its config.json says.  workloads: (new tokens, cached tokens) of a request.
+    eager: whether its calls are timed as the host makes them, instead of in a CUDA graph.
     """
 
     model: dict
     workloads: tuple[tuple[int, int], ...]
+    eager: bool = False
     host: str = "vllm_prefill"
 
     @property
@@ -66,13 +68,14 @@ def run(
     peers,
     refused: Callable[[str, str, StepCase], None],
     kernel: str | None = None,
+    eager: bool = False,
     model: dict = MODEL,
     engines: dict[str, Engine] = PEERS,
     target=serve,
 ) -> Iterator[dict]:
     """A row for each case, without what the machine is. `refused(peer, reason, case)` hears why a peer has none.
 
-    kernel: our prefill kernel.  target: what an engine's process does.
+    kernel: our prefill kernel.  eager: as in Experiment.  target: what an engine's process does.
     Raises BenchmarkError when our engine does not start, or computes something else than attention.
     """
     named = ((variable("prefill"), kernel),) if kernel else ()
@@ -81,7 +84,8 @@ def run(
     for heads, of_heads in groupby(sorted(cases, key=lambda case: case.heads), lambda case: case.heads):
         mine = list(of_heads)
         layer = {"num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": heads}
-        experiment = Experiment(model=model | layer, workloads=tuple((case.tokens, case.context) for case in mine))
+        workloads = tuple((case.tokens, case.context) for case in mine)
+        experiment = Experiment(model=model | layer, workloads=workloads, eager=eager)
         yield from _of_layer(mine, experiment, wanted, refused, target)
 
 

@@ -51,6 +51,7 @@ def _table(what: str, rows: list[dict], numbers: tuple[str, ...], note: str = ""
     table = Table(
         title=f"{what} on {first['gpu']}, {first['date']}, torch {first['torch']}, Triton {first['triton']}",
         caption="Microseconds a call. x: the time over ours, more than 1 is a win for us."
+        + (" Calls as the host makes them, its work included." if first.get("eager") else "")
         + note
         + (f" Ours: {kernels}." if kernels else ""),
     )

@@ -9,7 +9,7 @@ from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.peers import PrefillInputs
 from mla_backend.bench.prefill import effort_of, expected
 from mla_backend.bench.prefill_steps import Experiment
-from mla_backend.bench.timing import graph_us
+from mla_backend.bench.timing import call_us, graph_us
 from mla_backend.config import set_environment
 
 
@@ -49,8 +49,8 @@ def time_step(llm, experiment: Experiment, tokens: int, context: int) -> float:
     if context:
         _generate(llm, prompt[:context])
     (layer,) = _layers(llm)
-    seen = []
-    layer.impl.forward_mha = partial(_watched, layer.impl.forward_mha, layer.impl, tokens, context, seen)
+    seen, clock = [], call_us if experiment.eager else graph_us
+    layer.impl.forward_mha = partial(_watched, layer.impl.forward_mha, layer.impl, tokens, context, seen, clock)
     try:
         cached = _generate(llm, prompt)
     finally:
@@ -80,7 +80,7 @@ def _layers(llm) -> list:
 
 
 def _watched(
-    forward_mha, impl, tokens: int, context: int, seen: list,
+    forward_mha, impl, tokens: int, context: int, seen: list, clock,
     q, latent, rope, cache, metadata, *more, output, output_scale=None,
 ):  # fmt: skip
     """Do what the layer wants; in the step that is looked for, check and time it, too."""
@@ -89,7 +89,7 @@ def _watched(
     if len(q) == tokens:
         data = _inputs(impl, q, latent, rope, cache, metadata.prefill.block_table[0], context)
         _check(output.view(tokens, impl.num_heads, impl.v_head_dim), data)
-        seen.append(graph_us([call], **effort_of(graph_us([call], at_least=1, replays=1))))
+        seen.append(clock([call], **effort_of(clock([call], at_least=1, replays=1))))
 
 
 def _inputs(impl, q_TNQ, latent_TL, rope_T1R, cache_AGK, pages_M, context: int) -> PrefillInputs:
