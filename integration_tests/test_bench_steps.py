@@ -7,8 +7,8 @@ import pytest
 import torch
 from bench_rows import FACTS, TINY_MODEL, prefill_row
 
-from mla_backend.bench import compare, engine, prefill, prefill_steps, vllm_prefill_engine
-from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US
+from mla_backend.bench import compare, engine, prefill, prefill_cases, prefill_steps, vllm_prefill_engine
+from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US, chosen_cases
 from mla_backend.bench.engine import Engine
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.prefill_cases import CASES, StepCase, case_of
@@ -107,6 +107,12 @@ class Layer:
         vllm_prefill_engine._watched(*wanted, *arrays, output=self.output)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_memory(monkeypatch):
+    """One call, of 7 bytes."""
+    monkeypatch.setattr(vllm_prefill_engine, "peak_bytes", lambda call: call() or 7)
+
+
 def clock(calls, **_):
     calls[0]()
     return 3.0
@@ -116,9 +122,9 @@ def clock(calls, **_):
 def test_the_step_that_is_looked_for_is_checked_and_timed(context):
     layer, seen = Layer(context, 5), []
     layer.step(seen)
-    assert (seen, layer.calls) == ([3.0], 3)
+    assert (seen, layer.calls) == ([(3.0, 7)], 4), "one for the layer, one for its memory, two for its time"
     layer.step(seen, tokens=6)
-    assert (seen, layer.calls) == ([3.0], 4), "another step is done, and no more"
+    assert (seen, layer.calls) == ([(3.0, 7)], 5), "another step is done, and no more"
 
 
 def test_a_wrong_answer_is_not_timed():
@@ -130,7 +136,7 @@ def test_a_wrong_answer_is_not_timed():
 
 def serve_on_a_cpu(connection, folder, which, experiment):
     """`engine.serve` with a clock that looks at no GPU."""
-    vllm_prefill_engine.graph_us = clock
+    vllm_prefill_engine.graph_us, vllm_prefill_engine.peak_bytes = clock, lambda call: call() or 7
     engine.serve(connection, folder, which, experiment)
 
 
@@ -142,7 +148,8 @@ def serve_without_vllm(connection, folder, which, experiment):
     connection.send("vLLM 0")
     while True:
         tokens, context = connection.recv()
-        connection.send(tokens + context + 0.5 * (which.backend == "OTHER+PREFILL"))
+        other = which.backend == "OTHER+PREFILL"
+        connection.send(prefill_steps.StepCost(tokens + context + 0.5 * other, (tokens + other) << 20))
 
 
 CASES_OF_TWO = [StepCase(count=1, tokens=tokens, context=128, heads=heads) for heads in (4, 2) for tokens in (64, 192)]
@@ -159,6 +166,7 @@ def test_a_peer_that_does_not_start_is_an_empty_cell():
     assert [(row["heads"], row["tokens"], row["ours_us"], row["fa3_us"]) for row in rows] == [
         *((2, 64, 192, 192.5), (2, 192, 320, 320.5), (4, 64, 192, 192.5), (4, 192, 320, 320.5)),
     ]
+    assert prefill_cases.line(rows[0]).endswith("fa3 192.5 (1.00x)  memory ours 64 MiB, fa3 65 MiB")
     reason = "NO_SUCH+PREFILL: does not start"
     assert refusals == [("flashinfer", reason, case) for case in sorted(CASES_OF_TWO, key=lambda case: case.heads)]
 
@@ -180,3 +188,15 @@ def test_real_engines(monkeypatch):
         (192, 128, 3.0, 3.0),
     ]
     assert all(row["kernel"].startswith("forward_mha, vLLM 0.") for row in rows)
+    assert {(row["ours_bytes"], row["fa3_bytes"]) for row in rows} == {(7, 7)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_long_prefix_hit_takes_less_memory_than_vllms_own():
+    """Both gather and expand what is cached: ours 16384 rows at a time, straight to where attention reads them."""
+    pytest.importorskip("vllm")
+    (case,) = chosen_cases("c131072 h16 ", CASES)
+    (row,) = prefill_steps.run([case], peers=["fa3"], refused=lambda *why: pytest.fail(str(why)))
+    print(prefill_cases.line(row))
+    assert row["ours_bytes"] < row["fa3_bytes"]

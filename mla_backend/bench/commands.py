@@ -129,7 +129,8 @@ def prefill(
     """Time prefill attention in a CUDA graph, after every case has agreed with float32 attention.
 
     Peers get keys concatenated and values contiguous, and what that costs is not in their time. Cases called `step`
-    need vLLM: what a layer of its does for a request, ours beside its own with FlashAttention-3.
+    need vLLM: what a layer of its does for a request, and what memory it allocates, ours beside its own with
+    FlashAttention-3.
 
     Kernels that plan on the host (flashinfer_ragged) fit no graph and need --eager; peers' plans are made before.
     """

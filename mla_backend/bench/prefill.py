@@ -25,6 +25,7 @@ DTYPE = torch.bfloat16
 # Longer sequences are compared in one row of every so many: scores of all would not fit, 68 GB for 32768 tokens and 16
 # heads. A tile in bf16 has 32 rows or more, so that one which is wrong or left out has a row here.
 WHOLE, SAMPLE = 512, 32
+COMPARED_BYTES = 4 << 30  # of float32 keys, values and scores at a time
 GRAPH_US = 10_000  # of calls in a graph; at least 2 calls, at most 10
 
 
@@ -102,10 +103,20 @@ def expected(data: PrefillInputs):
 
 
 def _attend(data: PrefillInputs, row_M: torch.Tensor, keys: slice, hidden_from_M: torch.Tensor | None):
-    """out_MNV, lse_MN and magnitude_MNV of rows of one request, which see its keys before `hidden_from`, or all."""
-    k_SNQ = torch.cat([data.k_nope_SNP[keys], data.k_rope_SNR[keys]], -1).float()
-    v_SNV = data.v_SNV[keys].float()
-    score_NMS = torch.einsum("mnq,snq->nms", data.q_TNQ[row_M].float(), k_SNQ).mul_(data.scale)
+    """out_MNV, lse_MN and magnitude_MNV of rows of one request, which see its keys before `hidden_from`, or all; a few
+    heads at a time."""
+    (_, heads, qk_width), v_width = data.q_TNQ.shape, data.v_SNV.shape[-1]
+    bytes_of_one = 4 * (keys.stop - keys.start) * (qk_width + 2 * v_width + 2 * len(row_M))
+    each = max(1, COMPARED_BYTES // max(1, bytes_of_one))
+    groups = [slice(first, first + each) for first in range(0, heads, each)]
+    parts = [_attend_heads(data, row_M, keys, hidden_from_M, group) for group in groups]
+    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
+def _attend_heads(data: PrefillInputs, row_M, keys: slice, hidden_from_M, heads: slice):
+    k_SNQ = torch.cat([data.k_nope_SNP[keys, heads], data.k_rope_SNR[keys, heads]], -1).float()
+    v_SNV = data.v_SNV[keys, heads].float()
+    score_NMS = torch.einsum("mnq,snq->nms", data.q_TNQ[row_M, heads].float(), k_SNQ).mul_(data.scale)
     if hidden_from_M is not None:
         score_NMS.masked_fill_(torch.arange(len(v_SNV), device=row_M.device) >= hidden_from_M[:, None], -math.inf)
     lse_NM = score_NMS.logsumexp(-1)

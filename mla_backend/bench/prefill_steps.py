@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -53,6 +54,14 @@ class Experiment:
         geometry = geometry_of(SimpleNamespace(**self.model))
         layout = CacheLayout(geometry=geometry, format=format_of(torch.bfloat16), page_size=PAGE)
         return layout.bytes_for(4 * self.longest + 64 * PAGE, num_layers=self.model["num_hidden_layers"])
+
+
+class StepCost(NamedTuple):
+    """Microseconds of a layer's step, and bytes that it allocates at most at a time. What an engine holds between
+    steps, such as room for gathered rows, is not in these."""
+
+    us: float
+    peak_bytes: int
 
 
 def why_not() -> str | None:
@@ -108,10 +117,13 @@ def _of_layer(cases, experiment: Experiment, engines: dict[str, Engine], refused
                 for case in cases:
                     refused(name, str(error), case)
         for case in cases:
-            times = {name: [] for name in workers}
+            costs = {name: [] for name in workers}
             for _ in range(ROUNDS):  # each once a round, so that what slows one round slows all
                 for name, worker in workers.items():
-                    times[name].append(worker.ask(case.tokens, case.context))
+                    costs[name].append(worker.ask(case.tokens, case.context))
             row = {"case": case.name} | {name: getattr(case, name) for name in SHAPE}
             row |= {"kernel": f"forward_mha, {versions['ours']}", "limit_us": round(case.limit_us, 2)}
-            yield row | {f"{name}_us": round(statistics.median(us), 2) for name, us in times.items()}
+            for name, mine in costs.items():
+                row[f"{name}_us"] = round(statistics.median(cost.us for cost in mine), 2)
+                row[f"{name}_bytes"] = max(cost.peak_bytes for cost in mine)
+            yield row

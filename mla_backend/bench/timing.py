@@ -44,6 +44,14 @@ def call_us(calls, *, at_least: int = 50, replays: int = 12) -> float:
     return _median_us(lambda: _calls_ms(calls, rounds), rounds * len(calls), replays)
 
 
+def peak_bytes(call) -> int:
+    """Most bytes that a call has allocated at a time, beside what was there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _median_us(round_ms, count: int, times: int) -> float:
     """Of one of the `count` calls of a round; the first two rounds are left out."""
     us = [round_ms() * 1e3 / count for _ in range(times + 2)]
