@@ -165,6 +165,25 @@ def invariance(
 
 
 @bench.command()
+def crossover(
+    cases: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `c16384 h16`.")
+    ] = None,
+    csv: CSVFile = None,
+) -> None:
+    """Time new tokens behind cached context in latent space and over expanded heads, after both ways have agreed.
+
+    What a layer does either way, on one GPU, in CUDA graphs. Where the second becomes the faster one stands beside the
+    number of tokens at which our rule changes sides.
+    """
+    from mla_backend.bench import crossover as benchmark
+    from mla_backend.bench.report import show_crossover
+
+    rows = measured(benchmark.run, benchmark.CASES, cases, csv=csv)
+    show_crossover(rows, benchmark.findings(rows))
+
+
+@bench.command()
 def plot_decode(csv: pathlib.Path, png: pathlib.Path) -> None:
     """Draw the CSV file of `bench decode` as a picture."""
     need_matplotlib()
