@@ -160,6 +160,19 @@ def _process(script: str, folder: pathlib.Path, spec: dict, env: dict[str, str])
     return done.returncode, done.stdout + done.stderr
 
 
+def assert_near_ties_apart(answers, expected, *, near_tie: float) -> list[int]:
+    """Each answer has the oracle's tokens, at least until its two best logits are closer than `near_tie`. Returns how
+    many tokens of each are the same."""
+    same = []
+    for i, (got, want) in enumerate(zip(answers, expected, strict=True)):
+        pairs = zip(got["tokens"], want.tokens, strict=True)
+        first = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+        cached = f"{got.get('cached')} tokens of its prompt were cached"
+        assert first is None or want.gaps[first] < near_tie, f"answer {i}, token {first}: {want.gaps}; {cached}"
+        same.append(len(want.tokens) if first is None else first)
+    return same
+
+
 def assert_same_answers(answers, expected, *, tolerance: float = LOGPROB_TOLERANCE) -> None:
     """Tokens equal to the oracle's, and log-probabilities within `tolerance`."""
     for i, (got, want) in enumerate(zip(answers, expected, strict=True)):

@@ -4,14 +4,14 @@ import inspect
 import math
 import sys
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from bench_mistakes import MISTAKES, make_mistake
 from bench_rows import FACTS, row
 
-from mla_backend.bench import compare, decode, peers, results
+from mla_backend.bench import compare, decode, peers, prefill, results, timing
 from mla_backend.bench.cases import CASES, Case, chosen_cases
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.config import MLABackendConfig
@@ -197,10 +197,8 @@ def test_flashinfer_gets_what_it_documents(monkeypatch, inputs):
 def measured(monkeypatch, config, **kernels):
     """A row of UNEVEN and the refusals, with these functions as peers and a clock that always says 3."""
     monkeypatch.setattr(decode, "DECODE", kernels)
-    for module in (decode, compare):
-        monkeypatch.setattr(module, "graph_us", lambda calls: 3.0)
     refusals = []
-    options = {"page_size": PAGE, "dtype": torch.float32, "device": "cpu"}
+    options = {"page_size": PAGE, "dtype": torch.float32, "device": "cpu", "clock": lambda calls: 3.0}
     made = decode.measure(UNEVEN, config, peers=list(kernels), refused=lambda *why: refusals.append(why), **options)
     return made, refusals
 
@@ -282,6 +280,47 @@ def test_killed_run_keeps_its_rows(fake_run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fake_run(THREE, measure, csv=tmp_path / "new/kept.csv")
     assert [kept["ours_us"] for kept in results.read_csv(tmp_path / "new/kept.csv")] == [8.0, 32.0]
+
+
+@pytest.mark.parametrize(("benchmark", "kernel"), [(decode, "flashinfer_mla"), (prefill, "flashinfer_ragged")])
+def test_a_kernel_that_no_graph_captures_needs_eager(monkeypatch, benchmark, kernel):
+    monkeypatch.setattr(compare, "need_gpu", lambda: None)
+    monkeypatch.setattr(compare, "machine", lambda: FACTS)
+    with pytest.raises(BenchmarkError, match=rf"^{kernel} plans on the host, .* add --eager$"):
+        benchmark.run([], peers=[], kernel=kernel)
+    assert benchmark.run([], peers=[], kernel=kernel, eager=True) == ([], {})
+
+
+def test_eager_rows_are_timed_and_marked_as_such(monkeypatch, config, capsys):
+    """Ours and the peer by the same clock; the CSV has no column for that."""
+    monkeypatch.setattr(compare, "need_gpu", lambda: None)
+    monkeypatch.setattr(compare, "machine", lambda: FACTS)
+    monkeypatch.setattr(compare, "call_us", lambda calls, **_: 7.0)
+    monkeypatch.setattr(decode, "DTYPE", torch.float32)
+    make, here = decode.make_inputs, {"cache_dtype": torch.float32, "device": "cpu"}
+    monkeypatch.setattr(decode, "make_inputs", lambda case, **options: make(case, **options | here))
+    monkeypatch.setattr(decode, "DECODE", {"fa3": lambda data: lambda: decode.expected(data)})
+    (made,), _ = decode.run([UNEVEN], peers=["fa3"], page_size=PAGE, eager=True)
+    assert made["eager"] is True
+    assert (made["ours_us"], made["fa3_us"]) == (7.0, 7.0)
+    assert "as the host calls them, its work included" in capsys.readouterr().out
+
+
+def test_calls_of_the_host(monkeypatch):
+    """Two calls that the host needs 1 and 3 ms for and the GPU, which runs behind it, 10 more in all of a round."""
+    clock = SimpleNamespace(now=0.0, queued=0.0, rounds=0)
+
+    def call(seconds):
+        clock.now, clock.queued = clock.now + seconds, 0.010
+
+    def synchronize():
+        clock.now, clock.queued, clock.rounds = clock.now + clock.queued, 0.0, clock.rounds + 1
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    us = timing.call_us([lambda: call(0.001), lambda: call(0.003)], at_least=3, replays=5)
+    assert us == pytest.approx((2 * 4 + 10) * 1e3 / 4)
+    assert clock.rounds == 2 * (5 + 2)
 
 
 def test_cases():

@@ -123,6 +123,13 @@ def test_line():
     assert text.split() == wanted.split()
 
 
+def test_times_with_the_host_say_so(capsys):
+    eager = row(2.0, fa3=3.0) | {"kernel": "ours_best", "eager": True}
+    assert "(ours_best, host included)" in results.line(eager)
+    assert "Calls as the host makes them, its work included." in " ".join(shown(capsys, [eager]).split())
+    assert "host" not in shown(capsys, [row(2.0)])
+
+
 def png_size(path: Path) -> tuple[int, int]:
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -258,7 +265,7 @@ def test_options_arrive(monkeypatch):
     monkeypatch.setattr(decode, "run", run)
     monkeypatch.setattr(report, "show", lambda *arguments: shown.append(arguments))
     words = ["bench", "decode", "--peers", "vllm_triton,fa3", "--cases", "mixed|four", "--page-size", "32"]
-    done = runner.invoke(application(), [*words, "--cache", "fp8", "--kernel", "k", "--csv", "a.csv"])
+    done = runner.invoke(application(), [*words, "--cache", "fp8", "--kernel", "k", "--eager", "--csv", "a.csv"])
     assert done.exit_code == 0, done.output
     assert shown == [([row(2.0)], {("fa3", "reason"): ["case"]})]
     assert got == {
@@ -267,6 +274,7 @@ def test_options_arrive(monkeypatch):
         "page_size": 32,
         "cache": "fp8",
         "kernel": "k",
+        "eager": True,
         "csv": Path("a.csv"),
     }
 

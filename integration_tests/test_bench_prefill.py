@@ -38,12 +38,14 @@ def sampled(monkeypatch):
 
 
 def test_cases():
-    assert len(CASES) == len(set(map(str, CASES))) == 18
+    assert len(CASES) == len(set(map(str, CASES))) == 20
     assert [str(case) for case in chosen_cases("h20|^n1 .*c16384", CASES)] == [
         *("n16 s512 h20 256/256", "n1 s8192 h20 256/256", "n1 s512 c16384 h16 192/128"),
     ]
     assert [str(case) for case in chosen_cases("step", CASES)] == [
-        f"step n1 {shape} h{heads} 192/128" for heads in (16, 128) for shape in ("s8192", "s512 c16384", "s64 c65536")
+        f"step n1 {shape} h{heads} 192/128"
+        for heads in (16, 128)
+        for shape in ("s8192", "s512 c16384", "s64 c65536", "s1024 c131072")
     ]
 
 
@@ -87,6 +89,14 @@ def test_expected_is_the_reference(sampled, case):
     sums, _ = reference.prefill(q, k_nope, k_rope, v.abs(), *starts, **options)
     assert_matches("magnitude", magnitude, sums[row_M], TOLERANCE[torch.float32])
     assert len(row_M) < len(q) if case is LONG else len(row_M) == len(q)
+
+
+def test_expected_is_the_same_a_head_at_a_time(monkeypatch):
+    data = prefill.make_inputs(CACHED, **ON_CPU)
+    whole = prefill.expected(data)
+    monkeypatch.setattr(prefill, "COMPARED_BYTES", 0)
+    for mine, wanted in zip(prefill.expected(data), whole, strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 def test_sampled_rows(sampled):
@@ -200,10 +210,8 @@ def measured(monkeypatch, config, case=CAUSAL, **kernels):
     """A row and the refusals, with these functions as peers, one set of inputs and a clock that always says 3."""
     monkeypatch.setattr(prefill, "PREFILL", kernels)
     monkeypatch.setattr(prefill, "input_sets", lambda size: 1)
-    for module in (prefill, compare):
-        monkeypatch.setattr(module, "graph_us", lambda calls, **_: 3.0)
     refusals = []
-    options = {"peers": list(kernels), "refused": lambda *why: refusals.append(why)}
+    options = {"peers": list(kernels), "refused": lambda *why: refusals.append(why), "clock": lambda calls, **_: 3.0}
     return prefill.measure(case, config, **options, **ON_CPU), refusals
 
 

@@ -97,5 +97,5 @@ def test_options_arrive(monkeypatch, invoke, rows, tmp_path):
     done = invoke(*words, "--plot", str(tmp_path / "a.png"))
     assert done.exit_code == 0, done.output
     assert shown == [(rows, {})]
-    assert got == {"cases": [20, 20], "peers": ["flashinfer"], "kernel": "k", "csv": Path("a.csv")}
+    assert got == {"cases": [20, 20], "peers": ["flashinfer"], "kernel": "k", "eager": False, "csv": Path("a.csv")}
     assert png_size(tmp_path / "a.png")[0] == 1800

@@ -7,8 +7,8 @@ import pytest
 import torch
 from bench_rows import FACTS, TINY_MODEL, prefill_row
 
-from mla_backend.bench import compare, engine, prefill, prefill_steps, vllm_prefill_engine
-from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US
+from mla_backend.bench import compare, engine, prefill, prefill_cases, prefill_steps, vllm_prefill_engine
+from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US, chosen_cases
 from mla_backend.bench.engine import Engine
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.prefill_cases import CASES, StepCase, case_of
@@ -36,8 +36,7 @@ def test_rows_know_that_they_are_steps():
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were one, and kernels alone were right and fast."""
-    for module in (compare, prefill):
-        monkeypatch.setattr(module, "machine", lambda: FACTS)
+    monkeypatch.setattr(compare, "machine", lambda: FACTS)
     monkeypatch.setattr(compare, "need_gpu", lambda: None)
     monkeypatch.setattr(prefill, "verify", lambda *_, **__: None)
     monkeypatch.setattr(prefill, "measure", lambda case, *_, **__: prefill_row(case, 60.0))
@@ -60,7 +59,7 @@ def test_without_a_gpu_nothing_runs():
 
 def test_steps_join_the_rows(monkeypatch, gpu, tmp_path, capsys):
     def run(cases, *, refused, **options):
-        assert options == {"peers": ["fa3"], "kernel": None}
+        assert options == {"peers": ["fa3"], "kernel": None, "eager": False}
         refused("fa3", "is not here", cases[0])
         yield from (prefill_row(case, 60.0, fa3=75.0) for case in cases)
 
@@ -104,25 +103,31 @@ class Layer:
         new = self.rows[self.context :]
         metadata = SimpleNamespace(prefill=SimpleNamespace(block_table=self.table))
         arrays = self.q, new[:, :32], new[:, None, 32:], self.cache, metadata, None
-        wanted = self.forward_mha, self, tokens or len(self.q), self.context, seen
+        wanted = self.forward_mha, self, tokens or len(self.q), self.context, seen, clock
         vllm_prefill_engine._watched(*wanted, *arrays, output=self.output)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(vllm_prefill_engine, "graph_us", lambda calls, **_: calls[0]() or 3.0)
+@pytest.fixture(autouse=True)
+def no_gpu_memory(monkeypatch):
+    """One call, of 7 bytes."""
+    monkeypatch.setattr(vllm_prefill_engine, "peak_bytes", lambda call: call() or 7)
+
+
+def clock(calls, **_):
+    calls[0]()
+    return 3.0
 
 
 @pytest.mark.parametrize("context", [0, 13, 16])
-def test_the_step_that_is_looked_for_is_checked_and_timed(clock, context):
+def test_the_step_that_is_looked_for_is_checked_and_timed(context):
     layer, seen = Layer(context, 5), []
     layer.step(seen)
-    assert (seen, layer.calls) == ([3.0], 3)
+    assert (seen, layer.calls) == ([(3.0, 7)], 4), "one for the layer, one for its memory, two for its time"
     layer.step(seen, tokens=6)
-    assert (seen, layer.calls) == ([3.0], 4), "another step is done, and no more"
+    assert (seen, layer.calls) == ([(3.0, 7)], 5), "another step is done, and no more"
 
 
-def test_a_wrong_answer_is_not_timed(clock):
+def test_a_wrong_answer_is_not_timed():
     seen = []
     with pytest.raises(BenchmarkError, match=r"forward_mha is off by 3.0e-02 of the norm of float32 attention"):
         Layer(13, 5, wrong=0.03).step(seen)
@@ -131,7 +136,7 @@ def test_a_wrong_answer_is_not_timed(clock):
 
 def serve_on_a_cpu(connection, folder, which, experiment):
     """`engine.serve` with a clock that looks at no GPU."""
-    vllm_prefill_engine.graph_us = lambda calls, **_: calls[0]() or 3.0
+    vllm_prefill_engine.graph_us, vllm_prefill_engine.peak_bytes = clock, lambda call: call() or 7
     engine.serve(connection, folder, which, experiment)
 
 
@@ -143,7 +148,8 @@ def serve_without_vllm(connection, folder, which, experiment):
     connection.send("vLLM 0")
     while True:
         tokens, context = connection.recv()
-        connection.send(tokens + context + 0.5 * (which.backend == "OTHER+PREFILL"))
+        other = which.backend == "OTHER+PREFILL"
+        connection.send(prefill_steps.StepCost(tokens + context + 0.5 * other, (tokens + other) << 20))
 
 
 CASES_OF_TWO = [StepCase(count=1, tokens=tokens, context=128, heads=heads) for heads in (4, 2) for tokens in (64, 192)]
@@ -160,6 +166,7 @@ def test_a_peer_that_does_not_start_is_an_empty_cell():
     assert [(row["heads"], row["tokens"], row["ours_us"], row["fa3_us"]) for row in rows] == [
         *((2, 64, 192, 192.5), (2, 192, 320, 320.5), (4, 64, 192, 192.5), (4, 192, 320, 320.5)),
     ]
+    assert prefill_cases.line(rows[0]).endswith("fa3 192.5 (1.00x)  memory ours 64 MiB, fa3 65 MiB")
     reason = "NO_SUCH+PREFILL: does not start"
     assert refusals == [("flashinfer", reason, case) for case in sorted(CASES_OF_TWO, key=lambda case: case.heads)]
 
@@ -181,3 +188,15 @@ def test_real_engines(monkeypatch):
         (192, 128, 3.0, 3.0),
     ]
     assert all(row["kernel"].startswith("forward_mha, vLLM 0.") for row in rows)
+    assert {(row["ours_bytes"], row["fa3_bytes"]) for row in rows} == {(7, 7)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_long_prefix_hit_takes_less_memory_than_vllms_own():
+    """Both gather and expand what is cached: ours 16384 rows at a time, straight to where attention reads them."""
+    pytest.importorskip("vllm")
+    (case,) = chosen_cases("c131072 h16 ", CASES)
+    (row,) = prefill_steps.run([case], peers=["fa3"], refused=lambda *why: pytest.fail(str(why)))
+    print(prefill_cases.line(row))
+    assert row["ours_bytes"] < row["fa3_bytes"]

@@ -1,12 +1,13 @@
 """The real engine on a GPU, with CUDA graphs: tokens of transformers, our kernels in decode and prefill."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from draft_checkpoints import eagle_draft, with_mtp_layer
 from fp8_oracle import FP8_TOLERANCE, generate_fp8, per_tensor, tile_scaled
-from harness import MAX_TOKENS, assert_same_answers, prompts, varied_rounds
+from harness import MAX_TOKENS, assert_near_ties_apart, assert_same_answers, prompts, varied_rounds
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TF32_LOGPROBS = 5e-2
 # In bfloat16 transformers itself moves log-probabilities of these checkpoints by up to 0.27 against its float32; where
 # the two best logits are closer than that, the next token is a matter of rounding.
-BF16_NEAR_TIE = 0.27
+assert_near = partial(assert_near_ties_apart, near_tie=0.27)
 GRAPHS = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
 
 
@@ -49,9 +50,35 @@ def test_bfloat16_differs_only_at_near_ties(engine, checkpoints, oracle, kernel)
     folder = checkpoints()
     run = engine(folder, [prompts()], dtype="bfloat16", env={"MLA_BACKEND_DECODE": kernel}, **GRAPHS)
     assert f"decode {kernel}" in next(line for line in run.log.splitlines() if "mla_backend 0" in line)
-    for got, want in zip(run.rounds[0], oracle(folder, prompts()), strict=True):
-        differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
-        assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+    assert_near(run.rounds[0], oracle(folder, prompts()))
+
+
+# Head widths as published. MiniCPM3's have no kernel of Hopper's own: its latent is too narrow, its rotary part too.
+GLM = {"nope": 192, "v": 256, "heads": 20, "hidden": 320}, ("gluon_sm90", "gluon_sm90_ragged")
+MINICPM3 = (
+    {"kv_lora_rank": 256, "rope": 32, "nope": 64, "v": 64, "heads": 40, "hidden": 320},
+    ("triton_splitkv", "triton_ragged"),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "on_hopper"), [GLM, MINICPM3], ids=["GLM-4.7-Flash", "MiniCPM3"])
+def test_other_families(engine, checkpoints, oracle, shape, on_hopper, dtype):
+    """DeepSeek-V2 with other families' heads, in captured graphs and behind cached prefixes; without experts, so that
+    nothing but attention rounds in its own way."""
+    folder = checkpoints(arch="v2", layers=1, **shape)
+    run = engine(folder, [prompts(), prompts()], dtype=dtype, enable_prefix_caching=True, **GRAPHS)
+    own = dtype == "bfloat16" and torch.cuda.get_device_capability() == (9, 0)
+    decode, prefill = on_hopper if own else ("triton_splitkv", "triton_ragged")
+    line = next(line for line in run.log.splitlines() if "mla_backend 0" in line)
+    assert f"decode {decode}, prefill {prefill}," in line
+    assert "Capturing CUDA graphs" in run.log
+    for answers in run.rounds:
+        if dtype == "bfloat16":
+            assert_near(answers, oracle(folder, prompts()))
+        else:
+            assert_same_answers(answers, oracle(folder, prompts()), tolerance=TF32_LOGPROBS)
+    assert run.rounds[1][-1]["cached"] > 0
 
 
 @pytest.mark.parametrize(("name", "row", "rounded"), [("fp8", 576, per_tensor), ("fp8_ds_mla", 656, tile_scaled)])
@@ -70,10 +97,7 @@ def test_fp8_cache_in_bfloat16(engine, checkpoints):
     run = engine(folder, [prompts()], kv_cache_dtype="fp8", dtype="bfloat16", **GRAPHS)
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert f"decode {'gluon_sm90' if hopper else 'triton_splitkv'}" in run.log
-    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor)
-    for got, want in zip(run.rounds[0], wanted, strict=True):
-        differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
-        assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (differ, want.gaps)
+    assert_near(run.rounds[0], generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor))
 
 
 def test_tile_scaled_rows_are_those_of_vllms_kernels():
@@ -132,10 +156,8 @@ def test_our_prefill_under_another_decode(engine, checkpoints, oracle):
     )
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert set(run.calls) == {"prefill:gluon_sm90_ragged" if hopper else "prefill:triton_ragged"}
-    for number, answers in enumerate(run.rounds):
-        for got, want in zip(answers, oracle(folder, prompts()), strict=True):
-            differ = [i for i, (a, b) in enumerate(zip(got["tokens"], want.tokens, strict=True)) if a != b]
-            assert not differ or want.gaps[differ[0]] < BF16_NEAR_TIE, (number, got["cached"], differ, want.gaps)
+    for answers in run.rounds:
+        assert_near(answers, oracle(folder, prompts()))
 
 
 OF_THE_MODEL = 64 << 20  # bytes that a step of the small checkpoint takes elsewhere than in attention

@@ -171,7 +171,7 @@ def _part(tiles: list[_Tile], block_table_BM, seq_lens_B, tokens_of_tile: int) -
 
 # How much longer a multiplication takes in latent space than over expanded heads, with Hopper's kernels: on an H200 574
 # TFLOP/s (32 x 32768 tokens, 128 heads) against 608 (4 x 4096), kernels/benchmarks/README.md. Neither what expanding
-# moves through memory beside nor other kernels are measured yet.
+# moves through memory beside nor other kernels are measured yet: `mla-backend bench crossover` does that.
 LATENT_COST = 1.06
 
 

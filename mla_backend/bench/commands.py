@@ -72,6 +72,10 @@ DecodeKernel = Annotated[
     typer.Option(metavar="NAME", help="Our decode kernel; MLA_BACKEND_DECODE or the best that fits without it."),
 ]
 PageSize = Annotated[int, typer.Option(min=1, help="Tokens of a cache page.")]
+Eager = Annotated[
+    bool,
+    typer.Option("--eager", help="Time calls as the host makes them, its work included, instead of in a CUDA graph."),
+]
 CSVFile = Annotated[
     pathlib.Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write one row a case, as each ends.")
 ]
@@ -85,17 +89,21 @@ def decode(
     page_size: PageSize = 64,
     cache: Annotated[Literal["bf16", "fp8"], typer.Option(help="Format of the cache.")] = "bf16",
     kernel: DecodeKernel = None,
+    eager: Eager = False,
     csv: CSVFile = None,
     plot: Picture = None,
 ) -> None:
-    """Time absorbed decode in a CUDA graph, after every case has agreed with float32 attention."""
+    """Time absorbed decode in a CUDA graph, after every case has agreed with float32 attention.
+
+    Kernels that plan on the host (flashinfer_mla) fit no graph and need --eager; peers' plans are made before.
+    """
     peers = chosen_peers(against)
     if plot:
         need_matplotlib()
     from mla_backend.bench import decode as benchmark
     from mla_backend.bench import report
 
-    options = {"peers": peers, "page_size": page_size, "cache": cache, "kernel": kernel, "csv": csv}
+    options = {"peers": peers, "page_size": page_size, "cache": cache, "kernel": kernel, "eager": eager, "csv": csv}
     rows, refusals = measured(benchmark.run, CASES, cases, **options)
     report.show(rows, refusals)
     if plot:
@@ -114,13 +122,17 @@ def prefill(
         str | None,
         typer.Option(metavar="NAME", help="Our prefill kernel; MLA_BACKEND_PREFILL or the best that fits without it."),
     ] = None,
+    eager: Eager = False,
     csv: CSVFile = None,
     plot: Picture = None,
 ) -> None:
     """Time prefill attention in a CUDA graph, after every case has agreed with float32 attention.
 
     Peers get keys concatenated and values contiguous, and what that costs is not in their time. Cases called `step`
-    need vLLM: what a layer of its does for a request, ours beside its own with FlashAttention-3.
+    need vLLM: what a layer of its does for a request, and what memory it allocates, ours beside its own with
+    FlashAttention-3.
+
+    Kernels that plan on the host (flashinfer_ragged) fit no graph and need --eager; peers' plans are made before.
     """
     peers = chosen_peers(against, prefill_cases.PEERS)
     if plot:
@@ -128,7 +140,8 @@ def prefill(
     from mla_backend.bench import prefill as benchmark
     from mla_backend.bench import report
 
-    rows, refusals = measured(benchmark.run, prefill_cases.CASES, cases, peers=peers, kernel=kernel, csv=csv)
+    options = {"peers": peers, "kernel": kernel, "eager": eager, "csv": csv}
+    rows, refusals = measured(benchmark.run, prefill_cases.CASES, cases, **options)
     report.show_prefill(rows, refusals)
     if plot:
         from mla_backend.bench.plot_prefill import plot_prefill
@@ -149,6 +162,25 @@ def invariance(
     from mla_backend.bench import invariance as benchmark
 
     measured(benchmark.run, CASES, cases, page_size=page_size, kernel=kernel)
+
+
+@bench.command()
+def crossover(
+    cases: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `c16384 h16`.")
+    ] = None,
+    csv: CSVFile = None,
+) -> None:
+    """Time new tokens behind cached context in latent space and over expanded heads, after both ways have agreed.
+
+    What a layer does either way, on one GPU, in CUDA graphs. Where the second becomes the faster one stands beside the
+    number of tokens at which our rule changes sides.
+    """
+    from mla_backend.bench import crossover as benchmark
+    from mla_backend.bench.report import show_crossover
+
+    rows = measured(benchmark.run, benchmark.CASES, cases, csv=csv)
+    show_crossover(rows, benchmark.findings(rows))
 
 
 @bench.command()

@@ -3,16 +3,16 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from mla_backend.attention import MLAAttention
 from mla_backend.bench.machine import BenchmarkError, machine, need_gpu
 from mla_backend.bench.results import write_csv
-from mla_backend.bench.timing import graph_us
+from mla_backend.bench.timing import call_us, graph_us
 from mla_backend.config import MLABackendConfig
-from mla_kernels import UnsupportedMLA
+from mla_kernels import OPERATIONS, UnsupportedMLA
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
 
 PEER_ERROR = 2e-2  # of the norm; the peers' own errors in bf16 are ten times smaller
@@ -25,6 +25,23 @@ def config_for(operation: str, kernel: str | None) -> MLABackendConfig:
     if kernel is None:
         return config
     return dataclasses.replace(config, kernels=tuple((dict(config.kernels) | {operation: kernel}).items()))
+
+
+def clock_for(operation: str, config: MLABackendConfig, *, eager: bool) -> Callable[..., float]:
+    """What times calls: `graph_us`, or `call_us` if `eager`. Raises BenchmarkError where the named kernel fits no
+    graph; one that nobody named always does."""
+    if eager:
+        return call_us
+    name = config.kernel_for(operation)
+    with suppress(ImportError):  # why it cannot be imported is for `select` to say
+        if not all(kernel.capturable for kernel in OPERATIONS[operation] if kernel.name == name):
+            raise BenchmarkError(f"{name} plans on the host, so that no CUDA graph can time it: add --eager")
+    return graph_us
+
+
+def facts_of_run(*, eager: bool) -> dict:
+    """What every row says of the machine, and that times have the host's work: no CSV has a column for that."""
+    return machine() | ({"eager": True} if eager else {})
 
 
 def check(actual, wanted, dtype: torch.dtype, magnitude: torch.Tensor | None = None) -> None:
@@ -85,27 +102,34 @@ def peer_error(result, wanted: torch.Tensor, rows: torch.Tensor | slice = slice(
     return float((out[rows].float().reshape(wanted.shape) - wanted).norm() / wanted.norm())
 
 
-def peer_us(peer: str, calls: list[Callable], error_of: Callable[..., float], *, most_error: float, **timing) -> float:
+def peer_us(peer: str, calls: list[Callable], error_of: Callable[..., float], *, most_error: float, clock, **timing):
     """Microseconds of a peer. Raises when it refuses, and when it computes something else than attention."""
     error = error_of(calls[0]())
     if not error <= most_error:  # NaN too
         print(f"warning: {peer} is off by {error:.1e} of the norm of float32 attention in the next case", flush=True)
         raise BenchmarkError(f"its output differs from float32 attention by more than {most_error:g} of the norm")
-    return round(graph_us(calls, **timing), 2)
+    return round(clock(calls, **timing), 2)
 
 
 def time_peers(
-    peers: dict[str, Callable], sets: list, error_of, refused, *, most_error: float = PEER_ERROR, **timing
+    peers: dict[str, Callable],
+    sets: list,
+    error_of: Callable[..., float],
+    refused: Callable[[str, str], None],
+    *,
+    clock: Callable[..., float],
+    most_error: float = PEER_ERROR,
+    **timing,
 ) -> dict[str, float]:
     """Columns of the peers' microseconds. `refused(peer, reason)` hears why a peer has none.
 
     peers: functions that make a call of one of `sets`.   error_of: the error of what the first set's call returns, at
-    most `most_error`.   timing: options of `graph_us`.
+    most `most_error`.   clock: as `clock_for` gives it.   timing: its options.
     """
-    row = {}
+    row, options = {}, {"most_error": most_error, "clock": clock, **timing}
     for peer, make in peers.items():
         try:
-            row[f"{peer}_us"] = peer_us(peer, [make(data) for data in sets], error_of, most_error=most_error, **timing)
+            row[f"{peer}_us"] = peer_us(peer, [make(data) for data in sets], error_of, **options)
         except Exception as error:  # whatever a peer says to a shape, or that it is not there, is a result
             refused(peer, why(error))
     return row
@@ -119,18 +143,19 @@ def why(error: Exception) -> str:
     return first if isinstance(error, BenchmarkError) else f"{type(error).__name__}: {first:.160}"
 
 
-def run(cases, verify, measure, *, line: Callable[[dict], str], columns, csv: pathlib.Path | None):
+def run(cases, verify, measure, *, line: Callable[[dict], str], columns, csv: pathlib.Path | None, eager: bool = False):
     """Check all cases, time them, print a line as each ends.
 
-    verify: case to nothing.   measure: case and `refused` to a row.
+    verify: case to nothing.   measure: case and `refused` to a row.   eager: whether its times have the host's work.
     Returns the rows, and the cases of each (peer, reason) that left a cell empty. Raises BenchmarkError.
     """
     need_gpu()
-    facts, rows = machine(), []
+    facts, rows = facts_of_run(eager=eager), []
     for case in cases:
         verify(case)
+    how = " as the host calls them, its work included" if eager else ""
     if cases:
-        print(f"{len(cases)} cases agree with float32 attention on {facts['gpu']}; timing them", flush=True)
+        print(f"{len(cases)} cases agree with float32 attention on {facts['gpu']}; timing them{how}", flush=True)
     refusals: dict[tuple[str, str], list[str]] = {}
     for case in cases:
 

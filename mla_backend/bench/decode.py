@@ -2,7 +2,8 @@
 
 Every case is first compared with float32 attention on the same inputs; a wrong answer ends the run before anything is
 timed. Then each case is timed on input sets that together overflow the L2 cache. The time of a call is that of
-`MLAAttention.decode` with a workspace made before, which is what a model pays in every layer.
+`MLAAttention.decode` with a workspace made before, which is what a model pays in every layer; in a CUDA graph, or as
+the host makes them (`--eager`), which kernels that plan on the host need.
 """
 
 import functools
@@ -129,9 +130,13 @@ def measure(
     cache_dtype: torch.dtype | None = None,
     peers,
     refused,
+    clock=graph_us,
     device="cuda",
 ):
-    """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none."""
+    """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none.
+
+    clock: a function of timing.py.
+    """
     options = {"page_size": page_size, "dtype": dtype, "cache_dtype": cache_dtype, "device": device}
     cache = format_of(cache_dtype or dtype).name
     sets = [make_inputs(case, **options, seed=seed) for seed in range(input_sets(case.cache_bytes(cache)))]
@@ -139,12 +144,12 @@ def measure(
     row = {"case": case.name, "batch": case.batch, "tokens": case.tokens, "heads": case.heads, "q_len": case.query_len}
     row |= {"cache_dtype": cache, "page_size": page_size, "kernel": compare.kernel_name(attention)}
     row["limit_us"] = round(case.limit_us(cache), 2)
-    row["ours_us"] = round(graph_us([ours(attention, data) for data in sets]), 2)
+    row["ours_us"] = round(clock([ours(attention, data) for data in sets]), 2)
     wanted = expected(sets[0])[0] if peers else None
     makers = {peer: DECODE[peer] for peer in peers}
     most = compare.PEER_ERROR_FP8 if sets[0].cache_AGK.itemsize == 1 else compare.PEER_ERROR
     error_of = functools.partial(compare.peer_error, wanted=wanted)
-    return row | compare.time_peers(makers, sets, error_of, refused, most_error=most)
+    return row | compare.time_peers(makers, sets, error_of, refused, clock=clock, most_error=most)
 
 
 def run(
@@ -154,16 +159,22 @@ def run(
     page_size: int = 64,
     cache: str = "bf16",
     kernel: str | None = None,
+    eager: bool = False,
     csv: pathlib.Path | None = None,
 ):
-    """Rows and refusals of these cases, as compare.run gives them.   cache: a name of mla_kernels.FORMATS."""
+    """Rows and refusals of these cases, as compare.run gives them.
+
+    cache: a name of mla_kernels.FORMATS.   eager: time calls as the host makes them, instead of in a CUDA graph.
+    """
     config = compare.config_for("decode", kernel)
+    clock = compare.clock_for("decode", config, eager=eager)
     options = {"page_size": page_size, "dtype": DTYPE, "cache_dtype": FORMATS[cache].dtype}
     return compare.run(
         cases,
         lambda case: verify(case, config, **options),
-        lambda case, refused: measure(case, config, peers=peers, refused=refused, **options),
+        lambda case, refused: measure(case, config, peers=peers, refused=refused, clock=clock, **options),
         line=results.line,
         columns=results.COLUMNS,
         csv=csv,
+        eager=eager,
     )

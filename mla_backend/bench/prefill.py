@@ -13,7 +13,7 @@ import torch
 
 from mla_backend.attention import MLAAttention
 from mla_backend.bench import compare, prefill_cases
-from mla_backend.bench.machine import BenchmarkError, machine
+from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.peers import PREFILL, PrefillInputs
 from mla_backend.bench.prefill_cases import SHAPE, PrefillCase, StepCase
 from mla_backend.bench.results import write_csv
@@ -25,6 +25,7 @@ DTYPE = torch.bfloat16
 # Longer sequences are compared in one row of every so many: scores of all would not fit, 68 GB for 32768 tokens and 16
 # heads. A tile in bf16 has 32 rows or more, so that one which is wrong or left out has a row here.
 WHOLE, SAMPLE = 512, 32
+COMPARED_BYTES = 4 << 30  # of float32 keys, values and scores at a time
 GRAPH_US = 10_000  # of calls in a graph; at least 2 calls, at most 10
 
 
@@ -102,10 +103,20 @@ def expected(data: PrefillInputs):
 
 
 def _attend(data: PrefillInputs, row_M: torch.Tensor, keys: slice, hidden_from_M: torch.Tensor | None):
-    """out_MNV, lse_MN and magnitude_MNV of rows of one request, which see its keys before `hidden_from`, or all."""
-    k_SNQ = torch.cat([data.k_nope_SNP[keys], data.k_rope_SNR[keys]], -1).float()
-    v_SNV = data.v_SNV[keys].float()
-    score_NMS = torch.einsum("mnq,snq->nms", data.q_TNQ[row_M].float(), k_SNQ).mul_(data.scale)
+    """out_MNV, lse_MN and magnitude_MNV of rows of one request, which see its keys before `hidden_from`, or all; a few
+    heads at a time."""
+    (_, heads, qk_width), v_width = data.q_TNQ.shape, data.v_SNV.shape[-1]
+    bytes_of_one = 4 * (keys.stop - keys.start) * (qk_width + 2 * v_width + 2 * len(row_M))
+    each = max(1, COMPARED_BYTES // max(1, bytes_of_one))
+    groups = [slice(first, first + each) for first in range(0, heads, each)]
+    parts = [_attend_heads(data, row_M, keys, hidden_from_M, group) for group in groups]
+    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
+def _attend_heads(data: PrefillInputs, row_M, keys: slice, hidden_from_M, heads: slice):
+    k_SNQ = torch.cat([data.k_nope_SNP[keys, heads], data.k_rope_SNR[keys, heads]], -1).float()
+    v_SNV = data.v_SNV[keys, heads].float()
+    score_NMS = torch.einsum("mnq,snq->nms", data.q_TNQ[row_M, heads].float(), k_SNQ).mul_(data.scale)
     if hidden_from_M is not None:
         score_NMS.masked_fill_(torch.arange(len(v_SNV), device=row_M.device) >= hidden_from_M[:, None], -math.inf)
     lse_NM = score_NMS.logsumexp(-1)
@@ -139,7 +150,7 @@ def verify(case: PrefillCase, config: MLABackendConfig, *, dtype: torch.dtype, d
 
 
 def effort_of(us: float) -> dict[str, int]:
-    """Options of `graph_us`: few calls of what takes long, whose times differ little anyway."""
+    """Options of a clock: few calls of what takes long, whose times differ little anyway."""
     calls = min(10, max(2, int(GRAPH_US / us)))
     return {"at_least": calls, "replays": 12 if calls == 10 else 6}
 
@@ -148,41 +159,59 @@ def effort(case: PrefillCase) -> dict[str, int]:
     return effort_of(case.limit_us)
 
 
-def measure(case: PrefillCase, config: MLABackendConfig, *, dtype: torch.dtype, peers, refused, device: str = "cuda"):
-    """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none."""
+def measure(
+    case: PrefillCase,
+    config: MLABackendConfig,
+    *,
+    dtype: torch.dtype,
+    peers,
+    refused,
+    clock=graph_us,
+    device: str = "cuda",
+):
+    """One row: microseconds of ours and of each peer. `refused(peer, reason)` hears why a peer has none.
+
+    clock: a function of timing.py.
+    """
     sets = [make_inputs(case, dtype=dtype, device=device, seed=seed) for seed in range(input_sets(case.bytes))]
     attention = attention_for(case, sets[0], config)
     row = {"case": case.name} | {name: getattr(case, name) for name in SHAPE}
     row |= {"kernel": compare.kernel_name(attention), "limit_us": round(case.limit_us, 2)}
-    row["ours_us"] = round(graph_us([ours(attention, data) for data in sets], **effort(case)), 2)
+    row["ours_us"] = round(clock([ours(attention, data) for data in sets], **effort(case)), 2)
     if not peers:
         return row
     row_M, out_MNV, *_ = expected(sets[0])
     makers = {peer: PREFILL[peer] for peer in peers}
+    timing = {"clock": clock, **effort(case)}
     return row | compare.time_peers(
-        makers, sets, lambda result: compare.peer_error(result, out_MNV, row_M), refused, **effort(case)
+        makers, sets, lambda result: compare.peer_error(result, out_MNV, row_M), refused, **timing
     )
 
 
-def run(cases, *, peers, kernel: str | None = None, csv: pathlib.Path | None = None):
+def run(cases, *, peers, kernel: str | None = None, eager: bool = False, csv: pathlib.Path | None = None):
     """Rows and refusals of these cases, as compare.run gives them. Steps come last, and are refused where vLLM is not:
-    BenchmarkError if there is nothing else."""
+    BenchmarkError if there is nothing else.
+
+    eager: time calls as the host makes them, instead of in a CUDA graph.
+    """
     config = compare.config_for("prefill", kernel)
+    clock = compare.clock_for("prefill", config, eager=eager)
     alone = [case for case in cases if not isinstance(case, StepCase)]
     rows, refusals = compare.run(
         alone,
         lambda case: verify(case, config, dtype=DTYPE),
-        lambda case, refused: measure(case, config, dtype=DTYPE, peers=peers, refused=refused),
+        lambda case, refused: measure(case, config, dtype=DTYPE, peers=peers, refused=refused, clock=clock),
         line=prefill_cases.line,
         columns=prefill_cases.COLUMNS,
         csv=csv,
+        eager=eager,
     )
     if steps := [case for case in cases if isinstance(case, StepCase)]:
-        _run_steps(steps, rows, refusals, peers=peers, kernel=kernel, csv=csv)
+        _run_steps(steps, rows, refusals, peers=peers, kernel=kernel, eager=eager, csv=csv)
     return rows, refusals
 
 
-def _run_steps(cases: list[StepCase], rows: list[dict], refusals: dict, *, peers, kernel, csv) -> None:
+def _run_steps(cases: list[StepCase], rows: list[dict], refusals: dict, *, peers, kernel, eager, csv) -> None:
     """Add their rows and refusals to those of other cases."""
     from mla_backend.bench import prefill_steps
 
@@ -195,8 +224,8 @@ def _run_steps(cases: list[StepCase], rows: list[dict], refusals: dict, *, peers
         for case in cases:
             refused("step", reason, case)
         return
-    facts = machine()
-    for row in prefill_steps.run(cases, peers=peers, refused=refused, kernel=kernel):
+    facts = compare.facts_of_run(eager=eager)
+    for row in prefill_steps.run(cases, peers=peers, refused=refused, kernel=kernel, eager=eager):
         rows.append(facts | row)
         print(prefill_cases.line(rows[-1]), flush=True)
         if csv:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mla_backend.bench.cases import BYTES_PER_US, FLOP_PER_US, ROPE, geometry_for
-from mla_backend.bench.results import peer_times
+from mla_backend.bench.results import kernel_of, peer_times
 
 PEERS = ("fa3", "flashinfer")
 SHAPE = ("count", "tokens", "context", "heads", "qk_dim", "v_dim")
@@ -103,7 +103,7 @@ CASES = (
     )),
     PrefillCase(count=1, tokens=512, context=16384, heads=16),
     *(StepCase(count=1, tokens=tokens, context=context, heads=heads) for heads in (16, 128) for tokens, context in (
-        (8192, 0), (512, 16384), (64, 65536),
+        (8192, 0), (512, 16384), (64, 65536), (1024, 131072),
     )),
 )  # fmt: skip
 
@@ -123,5 +123,12 @@ def line(row: dict) -> str:
     peers = "  ".join(f"{peer} {us:.1f} ({us / ours:.2f}x)" for peer, us in peer_times(row).items())
     return (
         f"{case_of(row)!s:31} limit {row['limit_us']:8.1f}  ours {ours:8.1f} us, {teraflops(row, ours):4.0f} TFLOP/s"
-        f" ({row['kernel']})  {peers or 'no peer'}"
+        f" ({kernel_of(row)})  {peers or 'no peer'}{_memory(row)}"
     )
+
+
+def _memory(row: dict) -> str:
+    """What a step allocates, where that was measured; no CSV has a column for it."""
+    sizes = {name: row.get(f"{name}_bytes") for name in ("ours", *PEERS)}
+    shown = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items() if size is not None)
+    return f"  memory {shown}" if shown else ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -35,10 +36,12 @@ class Experiment:
     """What every engine does.
 
     model: what its config.json says.  workloads: (new tokens, cached tokens) of a request.
+    eager: whether its calls are timed as the host makes them, instead of in a CUDA graph.
     """
 
     model: dict
     workloads: tuple[tuple[int, int], ...]
+    eager: bool = False
     host: str = "vllm_prefill"
 
     @property
@@ -51,6 +54,14 @@ class Experiment:
         geometry = geometry_of(SimpleNamespace(**self.model))
         layout = CacheLayout(geometry=geometry, format=format_of(torch.bfloat16), page_size=PAGE)
         return layout.bytes_for(4 * self.longest + 64 * PAGE, num_layers=self.model["num_hidden_layers"])
+
+
+class StepCost(NamedTuple):
+    """Microseconds of a layer's step, and bytes that it allocates at most at a time. What an engine holds between
+    steps, such as room for gathered rows, is not in these."""
+
+    us: float
+    peak_bytes: int
 
 
 def why_not() -> str | None:
@@ -66,13 +77,14 @@ def run(
     peers,
     refused: Callable[[str, str, StepCase], None],
     kernel: str | None = None,
+    eager: bool = False,
     model: dict = MODEL,
     engines: dict[str, Engine] = PEERS,
     target=serve,
 ) -> Iterator[dict]:
     """A row for each case, without what the machine is. `refused(peer, reason, case)` hears why a peer has none.
 
-    kernel: our prefill kernel.  target: what an engine's process does.
+    kernel: our prefill kernel.  eager: as in Experiment.  target: what an engine's process does.
     Raises BenchmarkError when our engine does not start, or computes something else than attention.
     """
     named = ((variable("prefill"), kernel),) if kernel else ()
@@ -81,7 +93,8 @@ def run(
     for heads, of_heads in groupby(sorted(cases, key=lambda case: case.heads), lambda case: case.heads):
         mine = list(of_heads)
         layer = {"num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": heads}
-        experiment = Experiment(model=model | layer, workloads=tuple((case.tokens, case.context) for case in mine))
+        workloads = tuple((case.tokens, case.context) for case in mine)
+        experiment = Experiment(model=model | layer, workloads=workloads, eager=eager)
         yield from _of_layer(mine, experiment, wanted, refused, target)
 
 
@@ -104,10 +117,13 @@ def _of_layer(cases, experiment: Experiment, engines: dict[str, Engine], refused
                 for case in cases:
                     refused(name, str(error), case)
         for case in cases:
-            times = {name: [] for name in workers}
+            costs = {name: [] for name in workers}
             for _ in range(ROUNDS):  # each once a round, so that what slows one round slows all
                 for name, worker in workers.items():
-                    times[name].append(worker.ask(case.tokens, case.context))
+                    costs[name].append(worker.ask(case.tokens, case.context))
             row = {"case": case.name} | {name: getattr(case, name) for name in SHAPE}
             row |= {"kernel": f"forward_mha, {versions['ours']}", "limit_us": round(case.limit_us, 2)}
-            yield row | {f"{name}_us": round(statistics.median(us), 2) for name, us in times.items()}
+            for name, mine in costs.items():
+                row[f"{name}_us"] = round(statistics.median(cost.us for cost in mine), 2)
+                row[f"{name}_bytes"] = max(cost.peak_bytes for cost in mine)
+            yield row

@@ -1,6 +1,7 @@
 """Benchmarks' rows as tables. Needs rich."""
 
 import shutil
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
@@ -51,6 +52,7 @@ def _table(what: str, rows: list[dict], numbers: tuple[str, ...], note: str = ""
     table = Table(
         title=f"{what} on {first['gpu']}, {first['date']}, torch {first['torch']}, Triton {first['triton']}",
         caption="Microseconds a call. x: the time over ours, more than 1 is a win for us."
+        + (" Calls as the host makes them, its work included." if first.get("eager") else "")
         + note
         + (f" Ours: {kernels}." if kernels else ""),
     )
@@ -78,6 +80,25 @@ def _cells(row: dict) -> list[str]:
         f"{fraction_of_limit(row):.0%}",
         *_against(row, PEERS),
     ]
+
+
+def crossover_table(rows: list[dict]) -> Table:
+    """Both ways' times."""
+    numbers = ("new tokens", "latent", "expanded", "expanded / latent")
+    table = _table("Attention of new tokens behind cached context", rows, numbers)
+    table.caption = f"Microseconds of a layer. x: more than 1 where latent space wins. Ours: {rows[0]['kernel']}."
+    for row in rows:
+        latent, expanded = row["latent_us"], row["expanded_us"]
+        times = f"{latent:.1f}", f"{expanded:.1f}", f"{expanded / latent:.2f}x"
+        table.add_row(f"h{row['heads']} c{row['context']}", f"{row['tokens']}", *times)
+    return table
+
+
+def show_crossover(rows: list[dict], findings: Iterable[str]) -> None:
+    console = Console(width=max(150, shutil.get_terminal_size().columns), highlight=False)
+    console.print(crossover_table(rows))
+    for finding in findings:
+        console.print(finding, markup=False)
 
 
 def summary_table(made: list[Summary]) -> Table:

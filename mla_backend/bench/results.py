@@ -1,7 +1,7 @@
 """Rows of a decode benchmark: the CSV that keeps them and the numbers that follow from them.
 
 A row is a dict of COLUMNS (numbers as numbers, times in microseconds, absent or None where a peer has none); rows of
-a run have `kernel` too, the name of our kernel.
+a run have `kernel` too, the name of our kernel, and `eager` if times have the host's work.
 """
 
 import csv
@@ -118,11 +118,16 @@ def _ratio(row: dict, peer: str) -> float | None:
     return us / row["ours_us"] if us else None
 
 
+def kernel_of(row: dict) -> str:
+    """Ours, and what else a line must say of a time."""
+    return row.get("kernel", "kernel unknown") + (", host included" if row.get("eager") else "")
+
+
 def line(row: dict) -> str:
     """A row on one line: our time, the part of the limit, and each peer's time and its ratio to ours."""
     ours = row["ours_us"]
     peers = "  ".join(f"{peer} {us:.1f} ({us / ours:.2f}x)" for peer, us in peer_times(row).items())
     return (
         f"{case_of(row)!s:28} limit {row['limit_us']:7.1f}  ours {ours:8.1f} us, {fraction_of_limit(row):4.0%} of limit"
-        f" ({row.get('kernel', 'kernel unknown')})  {peers or 'no peer'}"
+        f" ({kernel_of(row)})  {peers or 'no peer'}"
     )

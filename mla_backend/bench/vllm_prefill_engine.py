@@ -8,9 +8,10 @@ from mla_backend.bench import compare
 from mla_backend.bench.machine import BenchmarkError
 from mla_backend.bench.peers import PrefillInputs
 from mla_backend.bench.prefill import effort_of, expected
-from mla_backend.bench.prefill_steps import Experiment
-from mla_backend.bench.timing import graph_us
+from mla_backend.bench.prefill_steps import Experiment, StepCost
+from mla_backend.bench.timing import call_us, graph_us, peak_bytes
 from mla_backend.config import set_environment
+from mla_backend.memory import CONTEXT_ROWS
 
 
 def start(folder: str, backend: str, experiment: Experiment):
@@ -36,9 +37,9 @@ def start(folder: str, backend: str, experiment: Experiment):
     return llm, f"vLLM {vllm.__version__}"
 
 
-def time_step(llm, experiment: Experiment, tokens: int, context: int) -> float:
-    """Microseconds of a layer's `forward_mha` for a request of so many new tokens behind so many cached ones, after its
-    answer has agreed with float32 attention.
+def time_step(llm, experiment: Experiment, tokens: int, context: int) -> StepCost:
+    """Of a layer's `forward_mha` for a request of so many new tokens behind so many cached ones, after its answer has
+    agreed with float32 attention.
 
     Raises BenchmarkError for a wrong answer, and if vLLM made no such step.
     """
@@ -49,8 +50,8 @@ def time_step(llm, experiment: Experiment, tokens: int, context: int) -> float:
     if context:
         _generate(llm, prompt[:context])
     (layer,) = _layers(llm)
-    seen = []
-    layer.impl.forward_mha = partial(_watched, layer.impl.forward_mha, layer.impl, tokens, context, seen)
+    seen, clock = [], call_us if experiment.eager else graph_us
+    layer.impl.forward_mha = partial(_watched, layer.impl.forward_mha, layer.impl, tokens, context, seen, clock)
     try:
         cached = _generate(llm, prompt)
     finally:
@@ -80,16 +81,16 @@ def _layers(llm) -> list:
 
 
 def _watched(
-    forward_mha, impl, tokens: int, context: int, seen: list,
+    forward_mha, impl, tokens: int, context: int, seen: list, clock,
     q, latent, rope, cache, metadata, *more, output, output_scale=None,
 ):  # fmt: skip
     """Do what the layer wants; in the step that is looked for, check and time it, too."""
     call = partial(forward_mha, q, latent, rope, cache, metadata, *more, output=output, output_scale=output_scale)
     call()
     if len(q) == tokens:
-        data = _inputs(impl, q, latent, rope, cache, metadata.prefill.block_table[0], context)
-        _check(output.view(tokens, impl.num_heads, impl.v_head_dim), data)
-        seen.append(graph_us([call], **effort_of(graph_us([call], at_least=1, replays=1))))
+        _check(output, impl, q, latent, rope, cache, metadata.prefill.block_table[0], context)
+        allocated = peak_bytes(call)
+        seen.append(StepCost(clock([call], **effort_of(clock([call], at_least=1, replays=1))), allocated))
 
 
 def _inputs(impl, q_TNQ, latent_TL, rope_T1R, cache_AGK, pages_M, context: int) -> PrefillInputs:
@@ -100,7 +101,7 @@ def _inputs(impl, q_TNQ, latent_TL, rope_T1R, cache_AGK, pages_M, context: int) 
     latent_SL, rope_SR = (
         torch.cat(pair) for pair in zip(cached_SK.split(widths, -1), (latent_TL, rope_T1R.flatten(1)), strict=True)
     )
-    kv_SNX = impl.kv_b_proj(latent_SL)[0].view(len(latent_SL), impl.num_heads, -1)
+    kv_SNX = _expanded(impl, latent_SL)
     k_nope_SNP, v_SNV = kv_SNX.split([impl.qk_nope_head_dim, impl.v_head_dim], -1)
 
     def starts(tokens: int):
@@ -120,8 +121,21 @@ def _inputs(impl, q_TNQ, latent_TL, rope_T1R, cache_AGK, pages_M, context: int) 
     )
 
 
-def _check(output_TNV, data: PrefillInputs) -> None:
+def _expanded(impl, latent_SL) -> torch.Tensor:
+    """Its up-projection, some rows at a time: those of all have more elements than 32 bits count."""
+    width = impl.qk_nope_head_dim + impl.v_head_dim
+    kv_SNX = latent_SL.new_empty(len(latent_SL), impl.num_heads, width)
+    for into, latent in zip(kv_SNX.split(CONTEXT_ROWS), latent_SL.split(CONTEXT_ROWS), strict=True):
+        into.copy_(impl.kv_b_proj(latent)[0].view(into.shape))
+    return kv_SNX
+
+
+def _check(output, *step) -> None:
+    """Compare with float32 attention. Gives back the memory that this took: other engines share the GPU."""
+    data = _inputs(*step)
     row_M, out_MNV, *_ = expected(data)
-    error = compare.peer_error(output_TNV, out_MNV, row_M)
+    error = compare.peer_error(output.view(len(data.q_TNQ), *out_MNV.shape[1:]), out_MNV, row_M)
+    del data
+    torch.cuda.empty_cache()
     if not error <= compare.PEER_ERROR:  # NaN too
         raise BenchmarkError(f"forward_mha is off by {error:.1e} of the norm of float32 attention")
