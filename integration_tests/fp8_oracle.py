@@ -22,6 +22,10 @@ from transformers_oracle import Generation, load
 # Of log-probabilities. Engines and transformers differ in the last bits of float32, so some values round to the other
 # side: 0.03 was seen. A cache that does not round at all is off by 0.4 and more, and gives other tokens.
 FP8_TOLERANCE = 0.1
+# With a model in bfloat16 many more values round to the other side: transformers itself, given the tokens of its
+# float32 answer, moves their log-probabilities by up to 0.39 and the gap to the second best by up to 0.90 (one dense
+# layer, six prompts; without an fp8 cache 0.17 and 0.30).
+FP8_BFLOAT16_NEAR_TIE = 0.39
 
 
 def per_tensor(latent, rope):

@@ -121,8 +121,8 @@ def test_findings():
     rows = [*short, *rows_of((64, 50, 80)), *rows_of((64, 90, 80), heads=128)]
     first, second, third = crossover.findings(rows)
     assert first.startswith("h16 c4096: crossover at 112 tokens, for which LATENT_COST would be 1.3")
-    assert second == "h16 c16384: crossover above 64 tokens; the rule's is 157 tokens"
-    assert third == "h128 c16384: crossover at 64 tokens or below; the rule's is 157 tokens"
+    assert second == "h16 c16384: crossover above 64 tokens; the rule's is 195 tokens"
+    assert third == "h128 c16384: crossover at 64 tokens or below; the rule's is 195 tokens"
 
 
 def test_cases():

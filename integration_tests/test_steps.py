@@ -159,7 +159,7 @@ def test_each_request_goes_its_own_way(requests, absorbs, monkeypatch):
         ([100], [0], True),
         ([1], [5000], False),
         ([150], [100000], False),
-        ([180], [100000], True),
+        ([220], [100000], True),
         ([1, 4000], [100, 4000], True),
         ([1, 1, 20], [5000, 5000, 5000], False),
     ],

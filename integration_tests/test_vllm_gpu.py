@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from draft_checkpoints import eagle_draft, with_mtp_layer
-from fp8_oracle import FP8_TOLERANCE, generate_fp8, per_tensor, tile_scaled
+from fp8_oracle import FP8_BFLOAT16_NEAR_TIE, FP8_TOLERANCE, generate_fp8, per_tensor, tile_scaled
 from harness import MAX_TOKENS, assert_near_ties_apart, assert_same_answers, prompts, varied_rounds
 
 pytest.importorskip("vllm")
@@ -91,13 +91,16 @@ def test_fp8_cache_with_cuda_graphs(engine, checkpoints, name, row, rounded):
     assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
 
 
-def test_fp8_cache_in_bfloat16(engine, checkpoints):
-    """As a server has it, by the kernel that Hopper takes for it."""
+@pytest.mark.parametrize("kernel", ["auto", "triton_splitkv"])
+def test_fp8_cache_in_bfloat16(engine, checkpoints, kernel):
+    """As a server has it, by the kernel that Hopper takes for it and by the portable one."""
     folder = checkpoints(layers=1)
-    run = engine(folder, [prompts()], kv_cache_dtype="fp8", dtype="bfloat16", **GRAPHS)
+    env = {"MLA_BACKEND_DECODE": kernel}
+    run = engine(folder, [prompts()], kv_cache_dtype="fp8", dtype="bfloat16", env=env, **GRAPHS)
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert f"decode {'gluon_sm90' if hopper else 'triton_splitkv'}" in run.log
-    assert_near(run.rounds[0], generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor))
+    assert f"decode {'gluon_sm90' if hopper and kernel == 'auto' else 'triton_splitkv'}" in run.log
+    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor)
+    assert_near_ties_apart(run.rounds[0], wanted, near_tie=FP8_BFLOAT16_NEAR_TIE)
 
 
 def test_tile_scaled_rows_are_those_of_vllms_kernels():

@@ -169,10 +169,11 @@ def _part(tiles: list[_Tile], block_table_BM, seq_lens_B, tokens_of_tile: int) -
     return slice(tiles[0].first, tiles[-1].first + tiles[-1].count), step
 
 
-# How much longer a multiplication takes in latent space than over expanded heads, with Hopper's kernels: on an H200 574
-# TFLOP/s (32 x 32768 tokens, 128 heads) against 608 (4 x 4096), kernels/benchmarks/README.md. Neither what expanding
-# moves through memory beside nor other kernels are measured yet: `mla-backend bench crossover` does that.
-LATENT_COST = 1.06
+# How much longer a multiplication takes in latent space than over expanded heads, all that either way does beside it
+# counted in. `mla-backend bench crossover` measures it: on an H200 (2026-11-27, Hopper's kernels) the two ways took
+# equal time at 179 to 231 new tokens, 4096 to 65536 cached ones, 16 and 128 heads, for which it would be 0.80 to 0.97.
+# Other kernels are not measured.
+LATENT_COST = 0.91
 
 
 def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], context_lens: Sequence[int]) -> bool:
@@ -180,7 +181,7 @@ def expanding_is_cheaper(geometry: MLAGeometry, query_lens: Sequence[int], conte
 
     In latent space each (query, key) costs K multiplications for its score and L for its value; expanded Q and V, and
     each key's up-projection L x (P + V) on top. In latent space each query pays that once, absorbed into it and out of
-    its output. A short answer to a long cached context stays in latent space: with DeepSeek's numbers, up to about 157
+    its output. A short answer to a long cached context stays in latent space: with DeepSeek's numbers, up to about 195
     tokens.
     """
     latent = geometry.kv_lora_rank
