@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
+from mla_kernels.bfloat16 import exact_products, multiplies_bfloat16
 from mla_kernels.decode import torch_decode
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, PagedCase, assert_matches, make_decode
 
@@ -55,6 +56,48 @@ def test_rows_without_a_request(first):
         wide[first : first + 3] = x
     options = case.options | {"query_start_B1": case.options["query_start_B1"] + first}
     check(PagedCase(geometry=case.geometry, arrays=(*padded, *rest), options=options))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("query_lens", [1, 3])
+@pytest.mark.parametrize("page_size", [1, 16, 48])
+def test_long_requests_take_turns(monkeypatch, query_lens, dtype, threads, page_size):
+    """Of some pages each, which no number of pieces need divide; the last query tokens are on both sides of a turn's
+    end."""
+    monkeypatch.setattr(torch_decode, "_AT_ONCE", 400 * 96 * dtype.itemsize)
+    monkeypatch.setattr(torch_decode, "_FEW", 200)
+    monkeypatch.setattr(torch_decode, "_PIECE", 16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        lengths = [401, 385, 900, 1201, 37, 400]
+        check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype, page_size=page_size))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("query_lens", [1, 2, [1, 2] * 12])
+def test_requests_of_like_length_go_together(monkeypatch, query_lens, dtype):
+    """In another order than theirs; each answer is its own."""
+    monkeypatch.setattr(torch_decode, "_FEW", 100)
+    groups = []
+    split = torch_decode._groups
+    monkeypatch.setattr(torch_decode, "_groups", lambda *args: groups.extend(split(*args)) or iter(list(groups)))
+    lengths = [40 + (i * 7) % 24 for i in range(23)] + [500]
+    check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype))
+    assert 1 < len(groups) < len(lengths) / 2
+
+
+def test_products_of_bfloat16_keep_what_rounding_takes():
+    if not multiplies_bfloat16(torch.bfloat16):
+        pytest.skip("this processor does not multiply bfloat16")
+    q, k = (torch.randn(3, rows, 576).bfloat16() * 3 for rows in (16, 300))
+    wanted = torch.bmm(q.double(), k.double().mT)
+    rounded = (torch.bmm(q, k.mT).double() - wanted).abs().max()
+    assert (exact_products(q, k.mT) - wanted).abs().max() < rounded / 200
+    assert not multiplies_bfloat16(torch.bfloat16, torch.float32)
 
 
 def test_needs_no_workspace_and_only_cpu_tensors():

@@ -9,7 +9,7 @@ import typer
 from mla_backend.bench import prefill_cases
 from mla_backend.bench.cases import CASES, chosen_cases
 from mla_backend.bench.machine import BenchmarkError
-from mla_backend.bench.results import PEERS
+from mla_backend.bench.results import CPU_PEERS, PEERS
 
 bench = typer.Typer(
     help="Time our kernels and engines beside other people's; measure what a cache format costs a model.",
@@ -181,6 +181,24 @@ def crossover(
 
     rows = measured(benchmark.run, benchmark.CASES, cases, csv=csv)
     show_crossover(rows, benchmark.findings(rows))
+
+
+@bench.command()
+def cpu(
+    against: Annotated[str, peers_option(CPU_PEERS)] = ",".join(CPU_PEERS),
+    cases: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Only cases whose text has it, such as `even b1 ` or `n4 s512`.")
+    ] = None,
+    csv: CSVFile = None,
+) -> None:
+    """Time decode and prefill on a CPU beside vLLM's own for CPUs, in bfloat16 and float32.
+
+    Needs vLLM's CPU build. Whatever else runs on the machine is in the times.
+    """
+    peers = chosen_peers(against, CPU_PEERS)
+    from mla_backend.bench import cpu as benchmark
+
+    measured(benchmark.run, benchmark.CASES, cases, peers=peers, csv=csv)
 
 
 @bench.command()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mla_backend.bench.cases import Case
 
 PEERS = ("flashmla", "fa3", "flashinfer", "vllm_triton")
+CPU_PEERS = ("cpu_mla", "amx_mla")
 BEST = "best peer"
 TIMES = ("limit_us", "ours_us", *(f"{peer}_us" for peer in PEERS))
 COLUMNS = (

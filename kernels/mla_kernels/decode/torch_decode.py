@@ -24,7 +24,8 @@ from mla_kernels.packed_rows import unpack
 
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
 _WASTE = 1.25  # rows of a group, each request as long as the longest, over those that are there
-_FEW = 512  # rows of a group below which two products of bfloat16 take longer than converting
+_FEW = 1024  # rows of a group below which four products of bfloat16 take longer than PyTorch's attention
+_UNIT = 128  # keys of such products are a multiple of so many
 _PIECE = 128  # keys of a piece, at least, where keys are divided among threads
 
 
@@ -98,15 +99,16 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
     return row_DSK
 
 
-def _hidden(length_D: list[int], tokens: int, keys: int):
+def _hidden(last_D: list[int], length_D: list[int], tokens: int, keys: int):
     """[D, E, S]: which of so many keys a query token does not see; None if they see all.
 
-    length_D: the keys that the last of a request's query tokens sees; each before it sees one less.
+    last_D: keys that the last of a request's query tokens may see; each before it sees one less.
+    length_D: keys that are there.
     """
-    if min(length_D) - tokens + 1 >= keys:
+    if min(min(last_D) - tokens + 1, *length_D) >= keys:
         return None
-    sees_DE = torch.tensor(length_D)[:, None] + torch.arange(1 - tokens, 1)
-    return torch.arange(keys) >= sees_DE[..., None]
+    sees_DE = torch.tensor(last_D)[:, None] + torch.arange(1 - tokens, 1)
+    return torch.arange(keys) >= sees_DE.minimum(torch.tensor(length_D)[:, None])[..., None]
 
 
 def _attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden_DES):
@@ -182,19 +184,22 @@ def _at(numbers: list[int]):
 def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale: float, cache_scale, most: int):
     """out_DQL and lse_DQ of a group. A request that is one by itself may take several turns, of at most `most` rows."""
     page_size, tokens, (requests, rows, values) = cache_AGK.shape[1], group[0].tokens, q_DQK.shape
-    fast = multiplies_bfloat16(q_DQK.dtype, cache_AGK.dtype) and requests * group[-1].seq_len >= _FEW
-    dtype = q_DQK.dtype if fast else torch.promote_types(q_DQK.dtype, torch.float32)
+    as_it_is = multiplies_bfloat16(q_DQK.dtype, cache_AGK.dtype)
+    fast = as_it_is and requests * group[-1].seq_len >= _FEW
+    dtype = q_DQK.dtype if as_it_is else torch.promote_types(q_DQK.dtype, torch.float32)
     q_DQK = q_DQK.to(dtype)
     turn = max(1, most // page_size) * page_size
     parts = []
     for first in range(0, group[-1].seq_len, turn):
         lengths = [min(turn, one.seq_len - first) for one in group]
         pieces = 1 if fast else _pieces(requests, rows, lengths[-1])
-        unit = pieces if requests == 1 else page_size  # matrices of a batch lie one behind the other
+        # A product of new dimensions is compiled first, for half a millisecond; and matrices of a batch must lie one
+        # behind the other.
+        unit = _UNIT if fast else pieces if requests == 1 else page_size
         keys = -(-lengths[-1] // unit) * unit
         row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, dtype, cache_scale)
         attend = _attend_bfloat16 if fast else functools.partial(_attend, pieces=pieces)
-        hidden_DES = _hidden([one.seq_len - first for one in group], tokens, keys)
+        hidden_DES = _hidden([one.seq_len - first for one in group], lengths, tokens, keys)
         parts.append(attend(q_DQK, row_DSK, width, scale, hidden_DES))
     if len(parts) == 1:
         return parts[0]

@@ -4,13 +4,10 @@ For each request, and for as many of its queries at a time as the processor's ca
   1. scores in float32, as one batched product over heads;
   2. softmax in place, and its log-sum-exp;
   3. weighted values, written to the output.
-What is accumulated in is one more key, whose score is its log-sum-exp. Inputs are converted to float32, unless the
-processor multiplies bfloat16 (bfloat16.py).
+What is accumulated in is one more key, whose score is its log-sum-exp.
 """
 
 import torch
-
-from mla_kernels.bfloat16 import exact_products, multiplies_bfloat16
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value, M queries of a chunk.
 
@@ -26,8 +23,7 @@ def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None, running):
 
     running: (out_NMV, lse_NM) over other keys, which these add to, or None.
     """
-    product = exact_products if q_NMQ.dtype == torch.bfloat16 else torch.bmm
-    score_NMS = product(q_NMQ, k_NSQ.mT).mul_(scale)
+    score_NMS = torch.bmm(q_NMQ, k_NSQ.mT).mul_(scale)
     if first_sees is not None:
         sees_M1 = first_sees + torch.arange(q_NMQ.shape[1])[:, None]
         score_NMS.masked_fill_(torch.arange(k_NSQ.shape[1]) >= sees_M1, -torch.inf)
@@ -37,7 +33,7 @@ def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None, running):
     top_NM1.masked_fill_(top_NM1 == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0
     weight_NMS = score_NMS.sub_(top_NM1).exp_()
     total_NM1 = weight_NMS.sum(-1, keepdim=True)
-    out_NMV = product(weight_NMS[..., : v_NSV.shape[1]].to(v_NSV.dtype), v_NSV)
+    out_NMV = torch.bmm(weight_NMS[..., : v_NSV.shape[1]], v_NSV)
     if running is not None:
         share_NM1 = weight_NMS[..., -1:]
         out_NMV += torch.where(share_NM1 > 0, running[0].to(out_NMV.dtype) * share_NM1, 0.0)
@@ -63,7 +59,6 @@ def run(
     """Same contract as reference.prefill."""
     heads = q_TNQ.shape[1]
     acc = torch.promote_types(q_TNQ.dtype, torch.float32)
-    inside = torch.bfloat16 if multiplies_bfloat16(q_TNQ.dtype, k_nope_SNP.dtype, v_SNV.dtype) else acc
     if accumulate and (out_TNV is None or lse_TN is None):
         raise ValueError("accumulate needs out_TNV and lse_TN with what was seen so far; pass both, or leave it out")
     if not accumulate:
@@ -79,14 +74,14 @@ def run(
         num_keys, end = keys.stop - keys.start, query_start[b + 1]
         if query_start[b] == end or (num_keys == 0 and not accumulate):
             continue
-        k_NSQ = torch.cat([k_nope_SNP[keys], k_rope_SNR[keys]], -1).transpose(0, 1).to(inside).contiguous()
-        v_NSV = v_SNV[keys].transpose(0, 1).to(inside).contiguous()
+        k_NSQ = torch.cat([k_nope_SNP[keys], k_rope_SNR[keys]], -1).transpose(0, 1).to(acc)
+        v_NSV = v_SNV[keys].transpose(0, 1).to(acc)
         chunk = max(1, _MOST_SCORES // (heads * max(num_keys, 1)))
         for first in range(query_start[b], end, chunk):
             mine = slice(first, min(first + chunk, end))
             visible = slice(0, max(1, num_keys - end + mine.stop) if causal else num_keys)
             first_sees = num_keys - end + first + 1 if causal else None
-            q_NMQ = q_TNQ[mine].transpose(0, 1).to(inside).contiguous()
+            q_NMQ = q_TNQ[mine].transpose(0, 1).to(acc)
             running = (out_TNV[mine].transpose(0, 1), lse_TN[mine].T) if accumulate else None
             out_NMV, lse_NM = _attend(q_NMQ, k_NSQ[:, visible], v_NSV[:, visible], scale, first_sees, running)
             out_TNV[mine], lse_TN[mine] = out_NMV.transpose(0, 1), lse_NM.T
