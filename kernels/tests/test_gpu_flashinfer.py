@@ -129,8 +129,10 @@ def prefill(*lens, heads=4, **options):
 @pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
 @pytest.mark.parametrize("lens", [[1, 0, 16, 63], [64, 65], [127, 128, 129], [700, 3]], ids=str)
 def test_prefill_causal(lens, needles):
+    """FlashInfer rounds weights to bfloat16 before it divides by their sum: values of 4 are off by 4 times 2^-9."""
     assert PREFILL.unsupported(problem_of(geometry()), device_of("cuda")) == []
-    check_prefill(PREFILL.run, prefill(lens, needles=needles))
+    case = prefill(lens, needles=needles)
+    check_prefill(PREFILL.run, case, magnitude=case.magnitude())
 
 
 @pytest.mark.parametrize("lens", [([5, 70], [67, 71]), ([70, 3, 66], [5, 1, 65]), ([65, 2], [128, 0])], ids=str)

@@ -25,7 +25,7 @@ from mla_kernels.packed_rows import unpack
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
 _WASTE = 1.25  # rows of a group, each request as long as the longest, over those that are there
 _FEW = 1024  # rows of a group below which four products of bfloat16 take longer than PyTorch's attention
-_UNIT = 128  # keys of such products are a multiple of so many
+_UNIT = 128  # keys of such products are a multiple of so many, at most
 _PIECE = 128  # keys of a piece, at least, where keys are divided among threads
 
 
@@ -111,6 +111,12 @@ def _hidden(last_D: list[int], length_D: list[int], tokens: int, keys: int):
     return torch.arange(keys) >= sees_DE.minimum(torch.tensor(length_D)[:, None])[..., None]
 
 
+def _unit(keys: int, page_size: int) -> int:
+    """What the keys of such products are made a multiple of: PyTorch compiles one of new dimensions first, for half a
+    millisecond. An eighth of them at most, but whole pages, so that a batch's matrices lie one behind the other."""
+    return max(page_size, 16, min(_UNIT, 1 << (keys // 8).bit_length() - 1)) if keys >= 16 else page_size
+
+
 def _attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden_DES):
     """As `_attend`, of bfloat16 rows. Weights are rounded to bfloat16, nothing else is."""
     score_DQS = exact_products(q_DQK, row_DSK.mT).mul_(scale)
@@ -193,9 +199,7 @@ def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale
     for first in range(0, group[-1].seq_len, turn):
         lengths = [min(turn, one.seq_len - first) for one in group]
         pieces = 1 if fast else _pieces(requests, rows, lengths[-1])
-        # A product of new dimensions is compiled first, for half a millisecond; and matrices of a batch must lie one
-        # behind the other.
-        unit = _UNIT if fast else pieces if requests == 1 else page_size
+        unit = _unit(lengths[-1], page_size) if fast else pieces if requests == 1 else page_size
         keys = -(-lengths[-1] // unit) * unit
         row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, dtype, cache_scale)
         attend = _attend_bfloat16 if fast else functools.partial(_attend, pieces=pieces)
