@@ -74,11 +74,17 @@ def columns_of(rows: int, codes: bool) -> int:
     return next((columns for columns in (COLUMNS_FP8 if codes else COLUMNS) if rows <= columns), COLUMNS_FP8[-1])
 
 
-def _warps(prepared) -> tuple[int, int, int]:
-    """Warps of the loader, registers of its threads, and of those that add values up. The others get what is left."""
+def _threads(prepared, columns: int) -> dict:
+    """Warps of the loader, registers of its threads and of those that add values up (others get what is left), and of
+    all threads on average, where that is less than there are."""
     if prepared.codes:
-        return 4, 112, 88
-    return (4, 56, 136) if prepared.gather else (1, 40, 144)
+        return {"LOADER_WARPS": 4, "LOADER_REGS": 112, "ADDER_REGS": 88}
+    if prepared.gather:
+        return {"LOADER_WARPS": 4, "LOADER_REGS": 56, "ADDER_REGS": 136}
+    if columns == 16:
+        # Leaves room for a program of the merge, which is then there when the last part ends.
+        return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 88, "maxnreg": 96}
+    return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 144}
 
 
 def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, plan, cache_scale) -> None:
@@ -86,10 +92,9 @@ def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, pl
 
     prepared: hopper_launch.prepare_launch's.   columns: of `columns_of`.   parts: of the batch, for such tiles.
     """
-    loader_warps, loader_registers, adder_registers = _warps(prepared)
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, **prepared.constants,
-        LOADER_WARPS=loader_warps, LOADER_REGS=loader_registers, ADDER_REGS=adder_registers, num_warps=4,
+        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, num_warps=4,
+        **_threads(prepared, columns), **prepared.constants,
     )  # fmt: skip
