@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.hopper import barrier
 from mla_kernels.hopper_convert import convert_keys
-from mla_kernels.hopper_decode import allocate, write_plan
+from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
@@ -46,18 +46,17 @@ def _decode_few_kernel(
     shared, pieces, cuts, cuts_before = share(
         seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
     )  # fmt: skip
-    if gl.program_id(0) == 0:
-        write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
     barrier()
 
     work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
     q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
+    plan = (plan_ptr, pieces, cuts, cuts_before)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
     gl.warp_specialize(
         [
-            (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
+            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
             (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
             (
                 convert_keys if CONVERT else gather_keys if GATHER else load_keys,

@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend, write_plan
+from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
@@ -69,12 +69,12 @@ def _decode_kernel(
     part = gl.program_id(1)
     if SPLIT > 0:
         shared = share_splits(seq_lens_ptr, batch, part, parts, turn, window, SPLIT)
+        plan = None
     else:
         shared, pieces, cuts, cuts_before = share(
             seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
         )  # fmt: skip
-        if gl.program_id(0) == 0:
-            write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
+        plan = (plan_ptr, pieces, cuts, cuts_before)
     barrier()
 
     lengths = (seq_lens_ptr, query_start_ptr, query_len)
@@ -86,7 +86,7 @@ def _decode_kernel(
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
     gl.warp_specialize(
         [
-            (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
+            (attend, (q, lse, plan, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
             (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
             (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
         ],
