@@ -7,7 +7,7 @@ hopper_convert.py has the one that reads an fp8 cache.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
 from mla_kernels.hopper_convert import convert_keys
@@ -41,6 +41,7 @@ def _decode_few_kernel(
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
     smem, q_s, q_rope_s = allocate(dtype, F, [BLOCK, F], weight_lay, GATHER)
 
+    gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
     part = gl.program_id(1)
     shared, pieces, cuts, cuts_before = share(
@@ -94,6 +95,6 @@ def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, pl
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, num_warps=4,
+        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, num_warps=4, launch_pdl=True,
         **_threads(prepared, columns), **prepared.constants,
     )  # fmt: skip

@@ -7,7 +7,7 @@ of the i-th: request, the part that begins it, into how many parts it is cut. It
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.launching import launch
 from mla_kernels.primitives import LN_2, cdiv
@@ -36,6 +36,7 @@ def _merge_kernel(
     """
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     tasks = tl.load(plan_ptr) * units
     entry = plan_ptr + 4 * (1 + tl.program_id(0) // units)  # perhaps of no request, but there is memory
     request, part, pieces = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)

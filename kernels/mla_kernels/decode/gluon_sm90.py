@@ -17,7 +17,7 @@ programs share fixed splits (splits.py), each of which is a piece, instead of bl
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
@@ -65,6 +65,7 @@ def _decode_kernel(
     dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
     smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
 
+    gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
     part = gl.program_id(1)
     if SPLIT > 0:
@@ -155,7 +156,7 @@ def _decode_rows(prepared, rows: int, parts: int, part, part_lse, plan, *, turn=
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, turn, window,
         GATHER=gather, LOADER_WARPS=4 if gather else 1,
         LOADER_REGS=gather_registers if gather or page < BLOCK.value else 24,
-        SPLIT=split, num_warps=4, **prepared.constants,
+        SPLIT=split, num_warps=4, launch_pdl=True, **prepared.constants,
     )  # fmt: skip
 
 
