@@ -6,9 +6,12 @@
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
      They are with an fp8 cache, too, in tiles of 16 query rows: four warps convert it to float16 (hopper_convert.py).
-  2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py). It is launched while
-     the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
-     after may not know how to wait.
+  2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
+
+Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
+dependent launch). The first lets the second begin at once. The second lets the next kernel, another call's first for
+one, begin when it has itself stopped waiting: a kernel that is launched so has to wait, and any other begins when all
+is over.
 
 The same bits for the same batch, always. In another batch a request has the same bits with `split_tokens` alone: then
 programs share fixed splits (splits.py), each of which is a piece, instead of blocks.
@@ -197,7 +200,7 @@ def run(
             _decode_rows(prepared, rows, parts, part, part_lse, plan)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
+            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms,
         )  # fmt: skip
         return out_TNL, lse_TN
 
