@@ -3,7 +3,9 @@
 All requests' blocks of 64 tokens, one request after the other, are a line; part p of a launch works on blocks
 [p * size, (p + 1) * size) of it. So a part has whole requests and at most two that were cut: one that it goes on with
 and one that it begins. What it computes of those goes to slots 2 * part and 2 * part + 1 of the scratch, to be merged.
-Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch.
+Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch. If there are parts
+enough, as there are where few requests have many blocks each, requests are rounded up to whole parts: one that ends a
+request and begins another would end after all others, for it fills its pipeline twice.
 
 With fixed splits (splits.py) the line is one of splits, of SPLIT blocks each, and a part takes a run of whole ones.
 """
@@ -100,6 +102,13 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
         total = gl.sum(cost, 0)
         size = _part_size(total, gl.maximum(gl.max(cost, 0), 1), batch, parts, rows)
         reciprocal = 1.0 / size
+        if batch > 1:
+            shares = _ratio(cost + size - 1, size, reciprocal)
+            needed = gl.sum(shares, 0)
+            if needed <= parts:
+                # Every request begins with a part of its own: its last part is not full, and no part has two pieces.
+                cost = shares * size
+                total = needed * size
         begin_of_part = part * size
         end_of_part = gl.minimum(begin_of_part + size, total)
         first_request, blocks_passed, last_request, last_start, last_cost, cuts, cuts_before = _found(
