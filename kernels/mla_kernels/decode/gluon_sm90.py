@@ -73,7 +73,7 @@ def _decode_kernel(
     part = gl.program_id(1)
     if SPLIT > 0:
         shared = share_splits(seq_lens_ptr, batch, part, parts, turn, window, SPLIT)
-        plan = None
+        plan = shared  # there is none, and roles take no None
     else:
         shared, pieces, cuts, cuts_before = share(
             seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
