@@ -97,7 +97,7 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
     last one. No work: the last request is before the first.
     """
     if batch <= FEW:
-        # Every program begins with this, and instructions follow one another: a quarter of them is half a microsecond.
+        # Every program begins with this, and waits for each instruction: with a request a lane they are half as many.
         real, cost = _costs(seq_lens_ptr, query_start_ptr, 0, batch, RAGGED, FEW)
         total = gl.sum(cost, 0)
         size = _part_size(total, gl.maximum(gl.max(cost, 0), 1), batch, parts, rows)
