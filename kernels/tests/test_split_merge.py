@@ -2,8 +2,8 @@
 
 On a Hopper GPU, elsewhere by gluon_emulator.py."""
 
+import itertools
 import sys
-from itertools import pairwise
 
 import gluon_emulator
 import pytest
@@ -97,7 +97,7 @@ def test_cut_requests_are_merged(split_merge, pieces, tokens, dead, latent, num_
         starts.to(WHERE) if len(set(tokens)) > 1 else None,
         query_len=max(tokens), rows=max(tokens) * HEADS, requests=len(pieces), parts=parts, num_sms=num_sms,
     )  # fmt: skip
-    for request, (begin, end) in enumerate(pairwise(starts.tolist())):
+    for request, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
         got, got_lse = out[begin:end], out_lse[begin:end]
         if request not in held:
             assert got.isnan().all(), "the answer of a request that was not cut is there already"
@@ -112,7 +112,8 @@ def test_every_tile_is_tested(split_merge):
     """Of the forms that `merge_form` has, each by one of the cases above (requests, parts, rows)."""
     cases = {"130-pieces": (1, 133, 2), "2-pieces": (1, 5, 2), "many-rows-of-many-pieces": (1, 73, 80)}
     assert {split_merge.merge_form(*case) for case in cases.values()} == {(128, 64), (8, 512), (32, 256)}
-    chosen = {split_merge.merge_form(b, p, r) for b in (1, 3, 16, 200) for p in (1, 7, 66, 132) for r in (1, 16, 128, 8448)}
+    shapes = itertools.product((1, 3, 16, 200), (1, 7, 66, 132), (1, 16, 128, 8448))
+    chosen = {split_merge.merge_form(*shape) for shape in shapes}
     assert chosen <= {(128, 64), (8, 512), (32, 256)}
 
 
