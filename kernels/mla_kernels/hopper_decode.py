@@ -99,15 +99,18 @@ def allocate(
 
 
 @gluon.jit
-def write_plan(plan_ptr, part, last_request, pieces, cuts, cuts_before):
-    """What split_merge.py has to merge, each part its own cut."""
-    if part == 0:
-        gl.store(plan_ptr, cuts)
-    if pieces > 0:
-        entry = plan_ptr + 4 * (1 + cuts_before)
-        gl.store(entry, last_request)
-        gl.store(entry + 1, part)
-        gl.store(entry + 2, pieces)
+def write_plan(plan, shared):
+    """What split_merge.py has to merge, each part its own cut.   plan: (plan_ptr, and what `share` says of cuts)."""
+    plan_ptr, pieces, cuts, cuts_before = plan
+    part = gl.program_id(1)
+    if gl.program_id(0) == 0:
+        if part == 0:
+            gl.store(plan_ptr, cuts)
+        if pieces > 0:
+            entry = plan_ptr + 4 * (1 + cuts_before)
+            gl.store(entry, shared[2])
+            gl.store(entry + 1, part)
+            gl.store(entry + 2, pieces)
 
 
 @gluon.jit
@@ -218,12 +221,14 @@ def _attend_piece(
 
 @gluon.jit
 def attend(
-    q, lse, scale_log2, work, smem,
+    q, lse, plan, scale_log2, work, smem,
     N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     shared, lengths = work
+    if SPLIT == 0:
+        write_plan(plan, shared)
     row0 = gl.program_id(0) * ROWS
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)

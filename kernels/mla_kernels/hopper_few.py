@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import barrier, cp_async, ring
-from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, wait_for_values
+from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, wait_for_values, write_plan
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, piece
@@ -135,7 +135,7 @@ def _attend_block(
 
 @gluon.jit
 def attend(
-    q, lse, scale_log2, scale_ptr, work, smem,
+    q, lse, plan, scale_log2, scale_ptr, work, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
     CONVERT: gl.constexpr,
 ):  # fmt: skip
@@ -143,6 +143,7 @@ def attend(
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
+    write_plan(plan, shared)
     row0 = gl.program_id(0) * F
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
@@ -211,9 +212,12 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
 
 
 @gluon.jit
-def _store(acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr):
-    """Write a [256, F] accumulator's columns that are queries. Row r of the target is token + r // N and head r % N."""
-    lay: gl.constexpr = gl.BlockedLayout([8, 1], [32, 1], [1, 8], [0, 1])  # a warp has whole rows of the target
+def _store(
+    acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr, IN_16_BYTES: gl.constexpr
+):  # fmt: skip
+    """Write a [256, F] accumulator's columns that are queries, 16 bytes a thread: a warp fills whole sectors of the
+    target's rows. Row r of the target is token + r // N and head r % N."""
+    lay: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
     i = gl.arange(0, F, gl.SliceLayout(0, lay))
     r = token * N + row0 + i
     at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
@@ -231,6 +235,7 @@ def accumulate(
     row0 = gl.program_id(0) * F
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, o_lay)
+    in_16_bytes: gl.constexpr = 4 if F == 16 else 8  # of float32 4, but with 32 queries that takes registers
     block = 0
     pieces = 0
     for request in range(shared[0], shared[2] + 1):
@@ -250,8 +255,8 @@ def accumulate(
             acc0 = acc0 * last
             acc1 = acc1 * last
             if slot < 0:
-                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F)
-                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F)
+                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
             else:
-                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F)
-                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F)
+                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)

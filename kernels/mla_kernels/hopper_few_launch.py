@@ -7,11 +7,11 @@ hopper_convert.py has the one that reads an fp8 cache.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
 from mla_kernels.hopper_convert import convert_keys
-from mla_kernels.hopper_decode import allocate, write_plan
+from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
@@ -41,23 +41,23 @@ def _decode_few_kernel(
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
     smem, q_s, q_rope_s = allocate(dtype, F, [BLOCK, F], weight_lay, GATHER)
 
+    gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
     part = gl.program_id(1)
     shared, pieces, cuts, cuts_before = share(
         seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
     )  # fmt: skip
-    if gl.program_id(0) == 0:
-        write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
     barrier()
 
     work = (shared, (seq_lens_ptr, query_start_ptr, query_len))
     q = (q_latent_ptr, q_rope_ptr, (stride8_ql_t, stride8_ql_n), (stride8_qr_t, stride8_qr_n), q_s, q_rope_s)
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
+    plan = (plan_ptr, pieces, cuts, cuts_before)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
     gl.warp_specialize(
         [
-            (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
+            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
             (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
             (
                 convert_keys if CONVERT else gather_keys if GATHER else load_keys,
@@ -74,11 +74,17 @@ def columns_of(rows: int, codes: bool) -> int:
     return next((columns for columns in (COLUMNS_FP8 if codes else COLUMNS) if rows <= columns), COLUMNS_FP8[-1])
 
 
-def _warps(prepared) -> tuple[int, int, int]:
-    """Warps of the loader, registers of its threads, and of those that add values up. The others get what is left."""
+def _threads(prepared, columns: int) -> dict:
+    """Warps of the loader, registers of its threads and of those that add values up (others get what is left), and of
+    all threads on average, where that is less than there are."""
     if prepared.codes:
-        return 4, 112, 88
-    return (4, 56, 136) if prepared.gather else (1, 40, 144)
+        return {"LOADER_WARPS": 4, "LOADER_REGS": 112, "ADDER_REGS": 88}
+    if prepared.gather:
+        return {"LOADER_WARPS": 4, "LOADER_REGS": 56, "ADDER_REGS": 136}
+    if columns == 16:
+        # Leaves room for a program of the merge, which is then there when the last part ends.
+        return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 88, "maxnreg": 96}
+    return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 144}
 
 
 def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, plan, cache_scale) -> None:
@@ -86,10 +92,9 @@ def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, pl
 
     prepared: hopper_launch.prepare_launch's.   columns: of `columns_of`.   parts: of the batch, for such tiles.
     """
-    loader_warps, loader_registers, adder_registers = _warps(prepared)
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, **prepared.constants,
-        LOADER_WARPS=loader_warps, LOADER_REGS=loader_registers, ADDER_REGS=adder_registers, num_warps=4,
+        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, num_warps=4, launch_pdl=True,
+        **_threads(prepared, columns), **prepared.constants,
     )  # fmt: skip

@@ -3,7 +3,9 @@
 All requests' blocks of 64 tokens, one request after the other, are a line; part p of a launch works on blocks
 [p * size, (p + 1) * size) of it. So a part has whole requests and at most two that were cut: one that it goes on with
 and one that it begins. What it computes of those goes to slots 2 * part and 2 * part + 1 of the scratch, to be merged.
-Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch.
+Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch. If there are parts
+enough, as there are where few requests have many blocks each, requests are rounded up to whole parts: one that ends a
+request and begins another would end after all others, for it fills its pipeline twice.
 
 With fixed splits (splits.py) the line is one of splits, of SPLIT blocks each, and a part takes a run of whole ones.
 """
@@ -12,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 BLOCK = gl.constexpr(64)  # tokens of a block
-CHUNK = gl.constexpr(128)  # requests looked at at once
+CHUNK, FEW = gl.constexpr(128), gl.constexpr(32)  # requests looked at at once, and if there are not more than those
 # Times in 1024ths of what a part needs for a block (measured on an H200): that any request is cut, so that there is
 # something to merge, and a cut in every part: pipelines drain and fill, partial answers travel.
 UNIT, MERGE, CUT = gl.constexpr(1024), gl.constexpr(1536), gl.constexpr(4096)
@@ -31,10 +33,10 @@ def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
 
 
 @gluon.jit
-def _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED: gl.constexpr):
-    """(is a request, its blocks) of CHUNK requests. An empty request counts as one: somebody must write its zeros."""
-    lay: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])  # every warp holds all: sums need no barrier
-    r = first + gl.arange(0, CHUNK, lay)
+def _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED: gl.constexpr, AT_ONCE: gl.constexpr):
+    """(is a request, its blocks) of AT_ONCE requests. An empty one counts as a block: somebody must write its zeros."""
+    lay: gl.constexpr = gl.BlockedLayout([AT_ONCE // 32], [32], [4], [0])  # every warp holds all: sums need no barrier
+    r = first + gl.arange(0, AT_ONCE, lay)
     here = r < batch
     lens = gl.load(seq_lens_ptr + r, mask=here, other=0)
     if RAGGED:
@@ -76,6 +78,17 @@ def _part_size(total, longest, batch, parts, rows):
 
 
 @gluon.jit
+def _found(real, cost, before, begin_of_part, end_of_part, size, reciprocal):
+    """What some requests, the first of which begins at block `before`, add to the numbers that `share` is after."""
+    end = before + gl.associative_scan(cost, 0, _add)
+    passed = ((end <= begin_of_part) & real).to(gl.int32)
+    done = ((end < end_of_part) & real).to(gl.int32)
+    last = ((end >= end_of_part) & (end - cost < end_of_part)).to(gl.int32)
+    cut = ((_ratio(end - cost, size, reciprocal) + 1) * size < end).to(gl.int32)
+    return gl.reduce((passed, passed * cost, done, done * cost, last * cost, cut, cut * done), 0, _add7)
+
+
+@gluon.jit
 def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr):
     """What part `part` of `parts` works on, computed by four warps.  rows: query rows of a request, at most.
 
@@ -83,42 +96,55 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
     the last one is cut if it begins here and goes on elsewhere (else 0), how many there are, and how many before the
     last one. No work: the last request is before the first.
     """
-    total = 0
-    longest = 1
-    for first in range(0, batch, CHUNK):
-        _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
-        total += gl.sum(cost, 0)
-        longest = gl.maximum(longest, gl.max(cost, 0))
-    size = _part_size(total, longest, batch, parts, rows)
-    reciprocal = 1.0 / size
-
-    begin_of_part = part * size
-    end_of_part = gl.minimum(begin_of_part + size, total)
-    before = 0
-    first_request = 0
-    first_block = begin_of_part
-    last_request = 0
-    last_start = 0
-    last_cost = 0
-    cuts = 0
-    cuts_before = 0
-    for first in range(0, batch, CHUNK):
-        real, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED)
-        end = before + gl.associative_scan(cost, 0, _add)
-        passed = ((end <= begin_of_part) & real).to(gl.int32)
-        done = ((end < end_of_part) & real).to(gl.int32)
-        last = ((end >= end_of_part) & (end - cost < end_of_part)).to(gl.int32)
-        cut = ((_ratio(end - cost, size, reciprocal) + 1) * size < end).to(gl.int32)
-        sums = gl.reduce((passed, passed * cost, done, done * cost, last * cost, cut, cut * done), 0, _add7)
-        first_request += sums[0]
-        first_block -= sums[1]
-        last_request += sums[2]
-        last_start += sums[3]
-        last_cost += sums[4]
-        cuts += sums[5]
-        cuts_before += sums[6]
-        if first + CHUNK < batch:
-            before += gl.sum(cost, 0)
+    if batch <= FEW:
+        # Every program begins with this, and waits for each instruction: with a request a lane they are half as many.
+        real, cost = _costs(seq_lens_ptr, query_start_ptr, 0, batch, RAGGED, FEW)
+        total = gl.sum(cost, 0)
+        size = _part_size(total, gl.maximum(gl.max(cost, 0), 1), batch, parts, rows)
+        reciprocal = 1.0 / size
+        if batch > 1:
+            shares = _ratio(cost + size - 1, size, reciprocal)
+            needed = gl.sum(shares, 0)
+            if needed <= parts:
+                # Every request begins with a part of its own: its last part is not full, and no part has two pieces.
+                cost = shares * size
+                total = needed * size
+        begin_of_part = part * size
+        end_of_part = gl.minimum(begin_of_part + size, total)
+        first_request, blocks_passed, last_request, last_start, last_cost, cuts, cuts_before = _found(
+            real, cost, 0, begin_of_part, end_of_part, size, reciprocal
+        )
+    else:
+        total = 0
+        longest = 1
+        for first in range(0, batch, CHUNK):
+            _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED, CHUNK)
+            total += gl.sum(cost, 0)
+            longest = gl.maximum(longest, gl.max(cost, 0))
+        size = _part_size(total, longest, batch, parts, rows)
+        reciprocal = 1.0 / size
+        begin_of_part = part * size
+        end_of_part = gl.minimum(begin_of_part + size, total)
+        before = 0
+        first_request = 0
+        blocks_passed = 0
+        last_request = 0
+        last_start = 0
+        last_cost = 0
+        cuts = 0
+        cuts_before = 0
+        for first in range(0, batch, CHUNK):
+            real, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED, CHUNK)
+            found = _found(real, cost, before, begin_of_part, end_of_part, size, reciprocal)
+            first_request += found[0]
+            blocks_passed += found[1]
+            last_request += found[2]
+            last_start += found[3]
+            last_cost += found[4]
+            cuts += found[5]
+            cuts_before += found[6]
+            if first + CHUNK < batch:
+                before += gl.sum(cost, 0)
     end_block = end_of_part - last_start
     pieces = 0
     if begin_of_part >= total:
@@ -126,7 +152,7 @@ def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.co
     else:
         if (last_start >= begin_of_part) & (end_block < last_cost):
             pieces = _ratio(last_start + last_cost - 1, size, reciprocal) - part + 1
-    return (first_request, first_block, last_request, end_block), pieces, cuts, cuts_before
+    return (first_request, begin_of_part - blocks_passed, last_request, end_block), pieces, cuts, cuts_before
 
 
 @gluon.jit

@@ -29,6 +29,21 @@ class Int(int):
         return self
 
 
+def _closed(name):
+    """What an int does, but of an Int."""
+    of_int = getattr(int, name)
+
+    def of_Int(*args):
+        result = of_int(*args)
+        return result if result is NotImplemented else Int(result)
+
+    return of_Int
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "neg"):
+    setattr(Int, f"__{_name}__", _closed(f"__{_name}__"))
+
+
 class Tensor(np.ndarray):
     type = SimpleNamespace(layout=None)
 
@@ -304,7 +319,7 @@ class Kernel:
         return self.function(*args)
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
+        def launch(*args, num_warps, maxnreg=None, launch_pdl=False, **constants):
             args = [Pointer.of(x) if isinstance(x, torch.Tensor) else Int(x) if type(x) is int else x for x in args]
             GRID[:] = *grid, *[1] * (2 - len(grid))
             for PROGRAM[1], PROGRAM[0] in itertools.product(range(GRID[1]), range(GRID[0])):
@@ -336,7 +351,7 @@ def _modules():
     yield "triton.experimental.gluon", {"language": gl}
     yield "triton.experimental.gluon.language.nvidia.hopper", tools
     yield "triton.experimental.gluon.nvidia.hopper", {"TensorDescriptor": TensorDescriptor}
-    yield "triton.language.extra.cuda", {"gdc_launch_dependents": lambda: None}
+    yield "triton.language.extra.cuda", {"gdc_launch_dependents": lambda: None, "gdc_wait": lambda: None}
 
 
 def emulated(*names: str, edits: dict[str, str] | None = None) -> list[ModuleType]:

@@ -61,8 +61,16 @@ class Share(NamedTuple):
     cuts_before: int  # those before the last request
 
 
+def rounded_up(costs: list[int], size: int, parts: int) -> list[int]:
+    """To whole parts, where few requests have parts enough: no part then has two pieces."""
+    whole = [-(-cost // size) * size for cost in costs]
+    return whole if 1 < len(costs) <= 32 and sum(whole) <= parts * size else costs
+
+
 def share_of(costs: list[int], part: int, parts: int, rows: int) -> Share:
-    size, total, where = size_of(costs, parts, rows), sum(costs), spans(costs)
+    size = size_of(costs, parts, rows)
+    costs = rounded_up(costs, size, parts)
+    total, where = sum(costs), spans(costs)
     cut = cuts_of(costs, size)
     begin_of_part, end_of_part = part * size, min((part + 1) * size, total)
     first = sum(end <= begin_of_part for _, end in where)
@@ -82,7 +90,7 @@ def pieces_of(costs: list[int], part: int, share: Share):
     for request in range(share.first_request, share.last_request + 1):
         if costs[request]:
             begin = share.first_block if request == share.first_request else 0
-            end = share.end_block if request == share.last_request else costs[request]
+            end = min(share.end_block if request == share.last_request else costs[request], costs[request])
             yield request, begin, end, 2 * part if begin else 2 * part + 1 if end < costs[request] else -1
 
 
@@ -151,6 +159,13 @@ def test_saving_cuts_never_costs_much(costs, where):
 )
 def test_sizes_of_even_batches(requests, tokens, parts, rows, size):
     assert size_of([cost_of(tokens, 1)] * requests, parts, rows) == size
+
+
+def test_uneven_requests_begin_with_a_part_each():
+    costs = [cost_of(tokens, 1) for tokens in (4641, 45118, 1730, 1696)]
+    parts = [list(pieces_of(costs, part, share_of(costs, part, 132, 64))) for part in range(132)]
+    assert [len(pieces) for pieces in parts] == [1] * 120 + [0] * 12
+    assert max(end - begin for ((_, begin, end, _),) in parts[:120]) == size_of(costs, 132, 64) == 7
 
 
 def pointer(numbers):

@@ -131,8 +131,8 @@ MISTAKES = {
         "row = _row_of(cache, page, b, t, PAGE)",
     ),
     "the last rows' columns are shifted": (
-        "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F)",
-        "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F)",
+        "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
+        "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
     ),
     "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),

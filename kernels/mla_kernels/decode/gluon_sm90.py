@@ -6,9 +6,12 @@
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
      They are with an fp8 cache, too, in tiles of 16 query rows: four warps convert it to float16 (hopper_convert.py).
-  2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py). It is launched while
-     the first still runs and waits for it (programmatic dependent launch). No other kernel is: whoever comes before or
-     after may not know how to wait.
+  2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
+
+Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
+dependent launch). The first lets the second begin at once. The second lets the next kernel, another call's first for
+one, begin when it has itself stopped waiting: a kernel that is launched so has to wait, and any other begins when all
+is over.
 
 The same bits for the same batch, always. In another batch a request has the same bits with `split_tokens` alone: then
 programs share fixed splits (splits.py), each of which is a piece, instead of blocks.
@@ -17,11 +20,11 @@ programs share fixed splits (splits.py), each of which is a piece, instead of bl
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend, write_plan
+from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
@@ -65,16 +68,17 @@ def _decode_kernel(
     dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
     smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
 
+    gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
     part = gl.program_id(1)
     if SPLIT > 0:
         shared = share_splits(seq_lens_ptr, batch, part, parts, turn, window, SPLIT)
+        plan = shared  # there is none, and roles take no None
     else:
         shared, pieces, cuts, cuts_before = share(
             seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
         )  # fmt: skip
-        if gl.program_id(0) == 0:
-            write_plan(plan_ptr, part, shared[2], pieces, cuts, cuts_before)
+        plan = (plan_ptr, pieces, cuts, cuts_before)
     barrier()
 
     lengths = (seq_lens_ptr, query_start_ptr, query_len)
@@ -86,7 +90,7 @@ def _decode_kernel(
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
     gl.warp_specialize(
         [
-            (attend, (q, lse, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
+            (attend, (q, lse, plan, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
             (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
             (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
         ],
@@ -155,7 +159,7 @@ def _decode_rows(prepared, rows: int, parts: int, part, part_lse, plan, *, turn=
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, turn, window,
         GATHER=gather, LOADER_WARPS=4 if gather else 1,
         LOADER_REGS=gather_registers if gather or page < BLOCK.value else 24,
-        SPLIT=split, num_warps=4, **prepared.constants,
+        SPLIT=split, num_warps=4, launch_pdl=True, **prepared.constants,
     )  # fmt: skip
 
 
@@ -196,7 +200,7 @@ def run(
             _decode_rows(prepared, rows, parts, part, part_lse, plan)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
+            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms,
         )  # fmt: skip
         return out_TNL, lse_TN
 
