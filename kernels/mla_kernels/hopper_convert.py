@@ -20,16 +20,23 @@ cvt.rn.f16x2.e4m3x2 $0, low;
 cvt.rn.f16x2.e4m3x2 $1, high;
 }""")
 
+# Has the 32 bytes at an address brought to L2, and waits for nothing.
+PREFETCH = gl.constexpr("""{
+prefetch.global.L2 [$1];
+mov.b32 $0, 0;
+}""")
+SECTOR = gl.constexpr(8)  # words of 32 bytes
+AHEAD = gl.constexpr(True)  # whether rows are prefetched
+
 
 @gluon.jit
 def _put(buffer, codes):
-    """Write words of four e4m3 codes, [rows, words], into a buffer of float16, for matrix instructions to read."""
+    """Write words of four e4m3 codes, [rows, words], into a buffer of float16."""
     low, high = gl.inline_asm_elementwise(
         TO_FLOAT16, "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )  # fmt: skip
     words = reinterpret(buffer, gl.int32, [codes.shape[0], 2 * codes.shape[1]], SWIZZLED_WORDS)
     words.store(gl.join(low, high).reshape([codes.shape[0], 2 * codes.shape[1]]))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -54,13 +61,31 @@ def _codes(row, first, words, real):
 
 
 @gluon.jit
+def _prefetch(row, first, COUNT: gl.constexpr):
+    """Bring COUNT sectors of cache rows to L2, from word `first` on."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    sector = gl.minimum(gl.arange(0, max(COUNT, 4), gl.SliceLayout(0, lay)), COUNT - 1)
+    row = gl.convert_layout(row, gl.SliceLayout(1, lay))  # where it was: rows are four threads' in either
+    at = row[:, None] + (first + sector * SECTOR)[None, :]
+    gl.inline_asm_elementwise(PREFETCH, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _prefetch_halves(row, R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
+    _prefetch(row, FIRST * HALF // 4, (LAST - FIRST) * HALF // 4 // SECTOR)
+    if R > 0 and LAST == 2:
+        _prefetch(row, LATENT // 4, TILE // 4 // SECTOR)
+
+
+@gluon.jit
 def convert_keys(
     cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
+    FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: rows of an fp8 cache as float16, without its scale.
+    """Four warps: halves FIRST to LAST - 1 of an fp8 cache's rows as float16, without its scale.
 
-    A block of codes is on its way from memory, in registers, while the one before it is converted: its pages were read
-    before that.
+    A half is on its way from memory, in registers, while whoever takes it is waited for. It comes from L2: the next
+    block's rows are already asked for. Nothing is on its way when writes are fenced, which would wait for that, too.
     """
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
@@ -75,25 +100,32 @@ def convert_keys(
         )
         table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
         page, real = _page_of(begin, end, t, seq_len, table, PAGE)
+        next_page, next_real = _page_of(begin + 1, end, t, seq_len, table, PAGE)
         row = _row_of(cache, page, begin, t, PAGE)
-        left = _codes(row, 0, w, real)
-        right = _codes(row, HALF // 4, w, real)
-        rope = _codes(row, LATENT // 4, w_rope, real & (R > 0))
-        page, real = _page_of(begin + 1, end, t, seq_len, table, PAGE)
+        codes = _codes(row, FIRST * HALF // 4, w, real)
+        rope = _codes(row, LATENT // 4, w_rope, real & (R > 0) & (FIRST == 1))
+        if AHEAD and begin + 1 < end:
+            _prefetch_halves(_row_of(cache, next_page, begin + 1, t, PAGE), R, FIRST, LAST)
         for b in range(begin, end):
             stage, phase, _ = ring(block)
-            row = _row_of(cache, page, b + 1, t, PAGE)
-            there = real
-            page, real = _page_of(b + 2, end, t, seq_len, table, PAGE)
-            mbarrier.wait(smem.k_empty.index(2 * stage), phase ^ 1)
-            _put(smem.k.index(2 * stage), left)
-            mbarrier.arrive(smem.k_full.index(2 * stage), count=1)
-            left = _codes(row, 0, w, there)
-            mbarrier.wait(smem.k_empty.index(2 * stage + 1), phase ^ 1)
-            _put(smem.k.index(2 * stage + 1), right)
-            if R > 0:
-                _put(smem.k_rope.index(stage), rope)
-                rope = _codes(row, LATENT // 4, w_rope, there)
-            mbarrier.arrive(smem.k_full.index(2 * stage + 1), count=1)
-            right = _codes(row, HALF // 4, w, there)
+            after_page, after_real = _page_of(b + 2, end, t, seq_len, table, PAGE)
+            for half in gl.static_range(FIRST, LAST):
+                mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
+                _put(smem.k.index(2 * stage + half), codes)
+                if half == 1 and R > 0:
+                    _put(smem.k_rope.index(stage), rope)
+                fence_async_shared()
+                mbarrier.arrive(smem.k_full.index(2 * stage + half), count=1)
+                if half + 1 < LAST:
+                    codes = _codes(row, (half + 1) * HALF // 4, w, real)
+                    rope = _codes(row, LATENT // 4, w_rope, real & (R > 0))
+                else:
+                    row = _row_of(cache, next_page, b + 1, t, PAGE)
+                    codes = _codes(row, FIRST * HALF // 4, w, next_real)
+                    rope = _codes(row, LATENT // 4, w_rope, next_real & (R > 0) & (FIRST == 1))
+            real = next_real
+            next_page = after_page
+            next_real = after_real
+            if AHEAD and b + 2 < end:
+                _prefetch_halves(_row_of(cache, next_page, b + 2, t, PAGE), R, FIRST, LAST)
             block += 1

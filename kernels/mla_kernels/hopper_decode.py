@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, barrier, cp_async, ring
+from mla_kernels.hopper import SWIZZLED, barrier, cp_async, reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
@@ -122,6 +122,51 @@ def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, 
 
 
 @gluon.jit
+def _largest(x):
+    x = x.to(gl.float32)
+    return gl.max(gl.maximum(x, -x), 1)
+
+
+@gluon.jit
+def _shrunk(x, shrink):
+    return (x.to(gl.float32) * shrink[:, None]).to(gl.float16)
+
+
+@gluon.jit
+def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
+    """Make float16 of query rows of `dtype` that are in their buffers, each divided by a power of two that brings its
+    largest value to 1 or 2: float16 ends at 65504, and below 2^-14 it loses bits. Returns these powers.
+    """
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])  # as copied: a thread reads what it wrote
+    raw = reinterpret(q_s, dtype, [2, F, HALF], SWIZZLED)
+    raw_rope = reinterpret(q_rope_s, dtype, [F, TILE], SWIZZLED)
+    largest = gl.zeros([F], gl.float32, gl.SliceLayout(1, lay))
+    for c in gl.static_range(LATENT // TILE):
+        part = raw.index(c * TILE // HALF).slice(c * TILE % HALF, TILE, dim=1)
+        largest = gl.maximum(largest, _largest(part.load(lay)))
+    if R > 0:
+        largest = gl.maximum(largest, _largest(raw_rope.load(lay)))
+    power = gl.where(largest > 0, gl.floor(gl.log2(largest)), 0.0)
+    shrink = gl.exp2(-power)
+    for c in gl.static_range(LATENT // TILE):
+        part = raw.index(c * TILE // HALF).slice(c * TILE % HALF, TILE, dim=1)
+        target = q_s.index(c * TILE // HALF).slice(c * TILE % HALF, TILE, dim=1)
+        target.store(_shrunk(part.load(lay), shrink))
+    if R > 0:
+        q_rope_s.store(_shrunk(raw_rope.load(lay), shrink))
+    return gl.exp2(power)
+
+
+@gluon.jit
+def scale_of(scale_ptr):
+    """The scale of an fp8 cache, 1 where there is none."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = gl.load(scale_ptr)
+    return scale
+
+
+@gluon.jit
 def _quad_sums(x):
     """Sums of a [64, 64] tile's rows, as far as a thread can add alone: [64, 4]."""
     return gl.sum(gl.sum(x.reshape([64, 8, 4, 2]), 3), 1)
@@ -129,7 +174,7 @@ def _quad_sums(x):
 
 @gluon.jit
 def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
-    """Softmax weights of a tile's scores.
+    """Softmax weights of a tile's scores.  scale_log2: a number, or one for each row, as [64, 1].
 
     With fixed splits multiply and subtract are one instruction by name. Otherwise the compiler fuses them in one of the
     two places that need weights and not in the other, and whether a row goes through the other is up to all rows.
@@ -139,10 +184,12 @@ def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem,
+    b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem,
     R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
+
+    scale_log2, rows_scale: one factor of all scores, twice, or one for each row, as [64] and [64, 1].
 
     The reference may lag behind the largest score by LAZY, so weights need not wait for the maximum and outputs are
     seldom rescaled (as FlashAttention-4 does).
@@ -163,7 +210,7 @@ def _attend_block(
     if (b + 1) * BLOCK > all_see:
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, s_lay))
         s = gl.where(position[None, :] <= sees[:, None], s, float("-inf"))
-    weight = _weights(s, scale_log2, top, SPLIT)
+    weight = _weights(s, rows_scale, top, SPLIT)
     sums = _quad_sums(weight)
     high = gl.max(s, 1) * scale_log2
     grows = high > top + LAZY
@@ -173,7 +220,7 @@ def _attend_block(
     if grew > 0:
         new_top = gl.where(grows, high, top)
         rescale = gl.exp2(top - new_top)
-        weight = _weights(s, scale_log2, new_top, SPLIT)
+        weight = _weights(s, rows_scale, new_top, SPLIT)
         sums = _quad_sums(weight)
         total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
         top = new_top
@@ -187,7 +234,8 @@ def _attend_block(
 
 @gluon.jit
 def _attend_piece(
-    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s, q_rope, token, row0, rows, lse, smem,
+    begin, end, slot, block, pieces, sees, all_see, scale_log2, rows_scale, cache_scale, q_s, q_rope, token, row0, rows,
+    lse, smem,
     N: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks and pieces were done."""
@@ -198,12 +246,14 @@ def _attend_piece(
     top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
     total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
     for b in range(begin, end):
-        top, total = _attend_block(b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER, SPLIT)
+        top, total = _attend_block(
+            b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem, R, GATHER, SPLIT
+        )
         block += 1
     sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
     safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
     mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(1.0 / safe)
+    smem.last.store(cache_scale / safe)
     mbarrier.arrive(smem.last_full, count=1)
     pieces += 1
     row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
@@ -218,16 +268,18 @@ def _attend_piece(
 
 @gluon.jit
 def attend(
-    q, lse, scale_log2, work, smem,
-    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
+    q, lse, scale_log2, scale_ptr, work, smem,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, CONVERT: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16."""
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     i = gl.arange(0, ROWS, row_lay)
+    cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
     line = first_slot(shared, SPLIT)
@@ -236,28 +288,36 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
+            raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, ROWS, HALF], SWIZZLED)
+            raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [ROWS, TILE], SWIZZLED)
             for half in gl.static_range(2):
-                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
+                _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
             if R > 0:
-                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
+                _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
             async_copy.commit_group()
             async_copy.wait_group(0)
+            factor = scale_log2 * cache_scale
+            rows_factor = factor
+            if CONVERT:
+                power = shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, ROWS, R)
+                factor = factor * gl.convert_layout(power, row_lay)
+                rows_factor = factor[:, None]
             fence_async_shared()
             barrier()
-            q_rope = q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
+            q_rope = q_rope_s if CONVERT else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
             all_see = seq_len - tokens + 1
             sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             if SPLIT > 0:
                 for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
                     block, pieces = _attend_piece(
-                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, scale_log2, q_s,
-                        q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor, rows_factor,
+                        cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                     )  # fmt: skip
                     slot += 1
             else:
                 block, pieces = _attend_piece(
-                    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s,
-                    q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                    begin, end, slot, block, pieces, sees, all_see, factor, rows_factor,
+                    cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                 )  # fmt: skip
 
 

@@ -238,8 +238,13 @@ def _reduce(tensors, axis, combine):
 
 
 def _inline_asm(asm, constraints, args, **_):
-    """There are two texts for float16: one gives its operand back, one turns four e4m3 codes into two pairs."""
-    if "e4m3" not in getattr(asm, "value", asm):
+    """There are three texts: one gives its operand back, one turns four e4m3 codes into two pairs of float16, one takes
+    addresses, which must be a tensor's."""
+    asm = getattr(asm, "value", asm)
+    if "prefetch" in asm:
+        args[0].reach(None)
+        return None
+    if "e4m3" not in asm:
         return args[0]
     codes = torch.from_numpy(np.ascontiguousarray(args[0])).view(torch.float8_e4m3fn)
     pairs = codes.half().view(*args[0].shape, 2, 2).view(torch.int32).numpy()[..., 0]

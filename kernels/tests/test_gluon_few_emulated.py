@@ -1,5 +1,5 @@
-"""The text of the Hopper decode kernel where products are transposed, executed on a CPU by gluon_emulator.py: few query
-rows of 16-bit caches, and any number of fp8 ones, against the float64 reference."""
+"""The text of the Hopper decode kernel where products are transposed or the cache is fp8, executed on a CPU by
+gluon_emulator.py, against the float64 reference."""
 
 import functools
 
@@ -98,46 +98,58 @@ def test_a_code_that_is_no_number_stays_one(kernel, code):
 @pytest.mark.parametrize("magnitude", [2.0**-13, 2.0**-7, 1.0, 2.0**7], ids=str)
 def test_queries_of_any_magnitude(kernel, magnitude):
     """Of heads that differ by a factor of 8, in a format that ends at 2^16 and gets coarse below 2^-14."""
-    case = make(3, [200, 30], needles=False, **FP8)
-    for part in case.arrays[:2]:
-        part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
-    case.options["scale"] /= 64 * magnitude
-    check(kernel, case)
+    for query_len in (1, 12):
+        case = make(3, [200, 30], needles=False, query_lens=query_len, **FP8)
+        for part in case.arrays[:2]:
+            part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
+        case.options["scale"] /= 64 * magnitude
+        check(kernel, case)
 
 
 def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
-    check(kernel, make(10, [700, 30], query_lens=[2, 3], **FP8))
+    check(kernel, make(10, [700, 30], query_lens=[4, 3], page_size=48, **CACHES["fp8 with a scale"]))
+    check(kernel, make(50, [200, 30], query_lens=2, **CACHES["fp8 with a scale"]))
     check(kernel, with_large_scores())
 
 
 SEES = """tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             top = gl.full([F]"""
-READ = """    r = token * N + row0 + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    return"""
-STORE = """    r = token * N + row0 + i
-    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
-    pointer = ptr + at_row[None, :]"""
+LATER = "(row0 + i) // N  # position of the query itself: the last key it may see\n            if SPLIT"
+READ = "    r = token * N + row + i\n"
+STORE = "    r = token * N + row0 + i\n    at_row = (r // N).to(gl.int64) * stride_t"
+LSE = "rows_per_slot + row0 + i, row_lse"
 MISTAKES = {
-    "the scale is left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * power"),
-    "powers of queries are left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * cache_scale"),
-    "the scale is left out of outputs": ("smem.last.store(cache_scale / safe)", "smem.last.store(1.0 / safe)"),
+    "the scale is left out of scores": (
+        "columns_factor = factor[None",
+        "columns_factor = (factor / cache_scale)[None",
+    ),
+    "powers of queries are left out of scores": (
+        "convert_layout(power, query_lay)",
+        "convert_layout(power * 0 + 1, query_lay)",
+    ),
+    "the scale is left out of scores, rows": ("rows_factor = factor[:", "rows_factor = (factor / cache_scale)[:"),
+    "powers of queries are left out of scores, rows": (
+        "convert_layout(power, row_lay)",
+        "convert_layout(power * 0 + 1, row_lay)",
+    ),
+    "the scale is left out of outputs": ("        smem.last.store(cache_scale", "        smem.last.store(1.0"),
+    "the scale is left out of outputs, rows": ("\n    smem.last.store(cache_scale /", "\n    smem.last.store(1.0 /"),
     "a query sees one key too many": (SEES, SEES.replace("tokens +", "tokens + 1 +")),
     "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
     "codes of the wrong block": (
-        "row = _row_of(cache, page, b + 1, t, PAGE)",
-        "row = _row_of(cache, page, b, t, PAGE)",
+        "row = _row_of(cache, next_page, b + 1, t, PAGE)",
+        "row = _row_of(cache, next_page, b, t, PAGE)",
     ),
     "the last rows' columns are shifted": (
         "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F)",
         "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F)",
     ),
-    "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
+    "every tile reads the first one's queries": (READ, READ.replace("row + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
-    "rows of later tiles see what the first one's do": (SEES, SEES.replace("(row0 + i)", "i")),
-    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, query_lse", "rows_per_slot + i, query_lse"),
+    "rows of later tiles see what the first one's do": (LATER, LATER.replace("(row0 + i)", "i")),
+    "every tile's LSE goes to the first one's": (LSE, LSE.replace("row0 + ", "")),
 }
 
 

@@ -1,5 +1,4 @@
-"""The Hopper decode kernel where products are transposed, against the float64 reference: few query rows of 16-bit
-caches, any number of fp8 ones."""
+"""The Hopper decode kernel where products are transposed or the cache is fp8, against the float64 reference."""
 
 import pytest
 import torch
@@ -66,14 +65,15 @@ def test_up_to_16_query_rows(heads, query_len, rope, cache):
 
 @pytest.mark.parametrize(("heads", "query_len"), [(17, 1), (32, 1), (16, 2), (8, 4)])
 @pytest.mark.parametrize("rope", [64, 0])
-def test_up_to_32_query_rows(heads, query_len, rope):
-    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len))
+def test_up_to_32_query_rows(heads, query_len, rope, cache):
+    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len, **cache))
 
 
-@pytest.mark.parametrize(("heads", "query_len"), [(17, 1), (20, 4), (64, 1), (128, 1), (128, 4), (16, [4, 1, 2])])
+@pytest.mark.parametrize(("heads", "query_len"), [(33, 1), (20, 4), (64, 1), (128, 1), (128, 4), (16, [4, 1, 2])])
 @pytest.mark.parametrize("rope", [64, 0])
-def test_several_tiles_of_rows(heads, query_len, rope):
+def test_more_query_rows_of_fp8(heads, query_len, rope):
     check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, **CACHES["fp8 with a scale"]))
+    check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, page_size=48, **CACHES["fp8"]))
 
 
 def test_query_tokens_before_the_sequence_see_nothing(cache):
