@@ -269,10 +269,13 @@ def _attend_piece(
 @gluon.jit
 def attend(
     q, lse, scale_log2, scale_ptr, work, smem,
-    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, CONVERT: gl.constexpr,
-    SPLIT: gl.constexpr,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr,
+    CONVERT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16."""
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16.
+
+    CODES: the cache is fp8, so that registers are few.
+    """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
@@ -304,7 +307,7 @@ def attend(
                 rows_factor = factor[:, None]
             fence_async_shared()
             barrier()
-            q_rope = q_rope_s if CONVERT else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
+            q_rope = q_rope_s if CODES else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
             all_see = seq_len - tokens + 1
             sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             if SPLIT > 0:

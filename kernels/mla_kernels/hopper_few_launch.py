@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.hopper import barrier
-from mla_kernels.hopper_convert import convert_keys
+from mla_kernels.hopper_convert import convert_keys, unpack_keys
 from mla_kernels.hopper_decode import allocate, write_plan
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
@@ -33,10 +33,10 @@ def _decode_few_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-    GATHER: gl.constexpr, CONVERTERS: gl.constexpr,
+    GATHER: gl.constexpr, CONVERTERS: gl.constexpr, PACKED: gl.constexpr,
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
-    CONVERT: gl.constexpr = CONVERTERS > 0
+    CONVERT: gl.constexpr = CONVERTERS > 0 and not PACKED
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
     dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
@@ -61,8 +61,8 @@ def _decode_few_kernel(
             [
                 (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
                 (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
-                (convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
-                (convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
             ],
             [8, 4, 4],
             [ADDER_REGS, LOADER_REGS, LOADER_REGS],
@@ -72,7 +72,7 @@ def _decode_few_kernel(
             [
                 (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
                 (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
-                (convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
             ],
             [8, 4],
             [ADDER_REGS, LOADER_REGS],
@@ -106,7 +106,9 @@ class Roles(NamedTuple):
 
 def roles_of(prepared, columns: int) -> Roles:
     if prepared.codes:
-        return Roles(2, 4, 80, 80) if columns == 16 else Roles(1, 4, 88, 128)
+        if columns == 16:
+            return Roles(2, 4, 88 if prepared.packed else 80, 80)
+        return Roles(1, 4, 88, 128)
     return Roles(0, 4, 56, 136) if prepared.gather else Roles(0, 1, 40, 144)
 
 
@@ -119,7 +121,7 @@ def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, pl
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, **prepared.constants,
+        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, PACKED=prepared.packed, **prepared.constants,
         LOADER_WARPS=roles.loader_warps, LOADER_REGS=roles.loader_registers, ADDER_REGS=roles.adder_registers,
         num_warps=4,
     )  # fmt: skip

@@ -95,6 +95,11 @@ GLUON_SM90_FEW = (
     (5, [1, 5], 16, 0, FP16, FP8),
     (128, 4, 64, 64, BF16, FP8),
     (16, [1, 4], 48, 0, FP16, FP8),
+    (16, 1, 64, 64, BF16, PACKED),
+    (5, [1, 4], 1, 0, FP16, PACKED),
+    (32, 1, 16, 64, FP16, PACKED),
+    (128, 1, 64, 64, BF16, PACKED),
+    (16, [1, 4], 48, 64, FP16, PACKED),
 )
 GATHERED = (1, 48)
 
@@ -285,9 +290,10 @@ def faults(row: dict) -> list[str]:
     hopper = row["kernel"] in HOPPER
     most = HOPPER_SPILLED.get((row["function"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
     crowded = "fixed splits" in row["variant"] or row["function"] == "_decode_few_kernel"
-    if crowded and (row["page_size"] in GATHERED or row["cache"] == "fp8"):
+    converted = row["cache"] in ("fp8", "fp8_ds_mla")
+    if crowded and (row["page_size"] in GATHERED or converted):
         most = max(most, GATHER_SPILLED)
-    if row["function"] == "_decode_kernel" and row["cache"] == "fp8":
+    if row["function"] == "_decode_kernel" and converted:
         most = max(most, CONVERT_SPILLED)
     if row["spilled"] > most:
         wrong.append(f"at most {most} bytes spilled, got {row['spilled']}")
@@ -298,7 +304,7 @@ def faults(row: dict) -> list[str]:
         wrong.append(f"every arrival behind its group's barrier, got {row['unordered_arrivals']} that are not")
     count = row["instructions"]
     if row["function"] in HOPPER[row["kernel"]]:
-        copies = () if row["cache"] == "fp8" else ("ARRIVES",) if row["page_size"] in GATHERED else ("UTMALDG",)
+        copies = () if converted else ("ARRIVES",) if row["page_size"] in GATHERED else ("UTMALDG",)
         wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", *copies) if not count[name]]
     unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
     wrong += [f"no {name} in the machine code, got {count[name]}" for name in unwanted if count[name]]

@@ -32,8 +32,8 @@ class Int(int):
 class Tensor(np.ndarray):
     type = SimpleNamespace(layout=None)
 
-    def to(self, dtype):
-        return self.astype(dtype)
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else self.astype(dtype)
 
 
 def _tensor(x):
@@ -238,16 +238,21 @@ def _reduce(tensors, axis, combine):
 
 
 def _inline_asm(asm, constraints, args, **_):
-    """There are three texts: one gives its operand back, one turns four e4m3 codes into two pairs of float16, one takes
-    addresses, which must be a tensor's."""
+    """There are five texts: one gives its operand back, two turn four e4m3 codes into two pairs of float16, times a
+    number or not, one two bfloat16 into two float16, one takes addresses, which must be a tensor's."""
     asm = getattr(asm, "value", asm)
     if "prefetch" in asm:
         args[0].reach(None)
         return None
+    words = torch.from_numpy(np.ascontiguousarray(args[0]))
+    if "0xffff0000" in asm:
+        return _tensor(words.view(torch.bfloat16).half().view(torch.int32).numpy())
     if "e4m3" not in asm:
         return args[0]
-    codes = torch.from_numpy(np.ascontiguousarray(args[0])).view(torch.float8_e4m3fn)
-    pairs = codes.half().view(*args[0].shape, 2, 2).view(torch.int32).numpy()[..., 0]
+    values = words.view(torch.float8_e4m3fn).float()
+    if "mul.f32" in asm:
+        values *= torch.from_numpy(np.ascontiguousarray(args[1]))
+    pairs = values.half().view(*args[0].shape, 2, 2).view(torch.int32).numpy()[..., 0]
     return tuple(_tensor(pairs[..., i].copy()) for i in range(2))
 
 

@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_convert import convert_keys
+from mla_kernels.hopper_convert import convert_keys, unpack_keys
 from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend, write_plan
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
@@ -61,8 +61,10 @@ def _decode_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    CONVERT: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, SPLIT: gl.constexpr,
+    CODES: gl.constexpr, PACKED: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
+    CONVERT: gl.constexpr = CODES and not PACKED
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
     dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
@@ -86,12 +88,12 @@ def _decode_kernel(
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    if CONVERT:
+    if CODES:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CONVERT, SPLIT)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CODES, CONVERT, SPLIT)),
                 (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
-                (convert_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
+                (unpack_keys if PACKED else convert_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
             ],
             [8, LOADER_WARPS],
             [160, LOADER_REGS],
@@ -99,7 +101,7 @@ def _decode_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CONVERT, SPLIT)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CODES, CONVERT, SPLIT)),
                 (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
                 (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
             ],
@@ -116,11 +118,13 @@ def _height(rows: int, fixed_splits: bool = False) -> int:
 def unsupported(problem, device: Device) -> list[str]:
     reasons = device_refusals(device)
     geometry, layout = problem.geometry, problem.layout
-    if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype not in (problem.dtype, E4M3):
+    fp8 = layout.format.packed or layout.format.dtype == E4M3
+    if problem.dtype not in (torch.bfloat16, torch.float16) or not (fp8 or layout.format.dtype == problem.dtype):
         got = f"{problem.dtype} queries and {layout.format.name} cache"
         reasons.append(f"needs bfloat16 or float16 queries, and a cache of the same or fp8, got {got}")
-    if problem.split_tokens and layout.format.dtype == E4M3:
-        reasons.append(f"needs a 16-bit cache for fixed splits, got fp8 and splits of {problem.split_tokens} tokens")
+    if problem.split_tokens and fp8:
+        got = f"{layout.format.name} and splits of {problem.split_tokens} tokens"
+        reasons.append(f"needs a 16-bit cache for fixed splits, got {got}")
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
     rows = geometry.num_heads * problem.max_query_len
@@ -168,8 +172,8 @@ def _decode_rows(
     launch(
         _decode_kernel, (row_tiles(rows, ROWS.value), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
-        GATHER=gather, CONVERT=codes, LOADER_WARPS=4 if gather or codes else 1, LOADER_REGS=loader_registers,
-        SPLIT=split, num_warps=4, **prepared.constants,
+        GATHER=gather, CODES=codes, PACKED=prepared.packed, SPLIT=split, **prepared.constants,
+        LOADER_WARPS=4 if gather or codes else 1, LOADER_REGS=loader_registers, num_warps=4,
     )  # fmt: skip
 
 
