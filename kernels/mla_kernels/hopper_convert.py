@@ -2,14 +2,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from mla_kernels.hopper import cp_async, reinterpret, ring
+from mla_kernels.hopper import SWIZZLED_WORDS, cp_async, reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.schedule import BLOCK, piece
-
-# hopper.SWIZZLED buffers, as words of two values: the same bytes.
-SWIZZLED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 
 # Four e4m3 codes of a word to two words of two float16: exact, and NaN stays NaN. There are 64 such conversions a clock
 # and SM, but 16 to bfloat16 (FlashMLA's notes on its fp8 kernel); by moving bits that took an H200 5200 clocks a block.
@@ -172,7 +169,8 @@ def convert_keys(
     """Four warps: halves FIRST to LAST - 1 of an fp8 cache's rows as float16, without its scale.
 
     A half is on its way from memory, in registers, while whoever takes it is waited for. It comes from L2: the next
-    block's rows are already asked for. Nothing is on its way when writes are fenced, which would wait for that, too.
+    block's rows are already asked for. Who takes it has to fence: that waits for all that a thread has on its way, which
+    is nothing there, but rows here.
     """
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
@@ -201,7 +199,6 @@ def convert_keys(
                 _put(smem.k.index(2 * stage + half), codes)
                 if half == 1 and R > 0:
                     _put(smem.k_rope.index(stage), rope)
-                fence_async_shared()
                 mbarrier.arrive(smem.k_full.index(2 * stage + half), count=1)
                 if half + 1 < LAST:
                     codes = _codes(row, (half + 1) * HALF // 4, w, real)
@@ -252,7 +249,6 @@ def unpack_keys(
                 _put_scaled(smem.k.index(2 * stage + half), 1, codes1, scale1)
                 if half == 1 and R > 0:
                     _finish_rope(smem.k_rope.index(stage), lay)
-                fence_async_shared()
                 mbarrier.arrive(smem.k_full.index(2 * stage + half), count=1)
                 if half + 1 < LAST:
                     codes0, codes1, scale0, scale1 = _packed_half(row, half + 1, w, real)

@@ -37,6 +37,7 @@ def _decode_few_kernel(
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
     CONVERT: gl.constexpr = CONVERTERS > 0 and not PACKED
+    WRITTEN: gl.constexpr = GATHER or CONVERTERS > 0  # by threads, not TMA
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
     dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
@@ -59,8 +60,8 @@ def _decode_few_kernel(
     if CONVERTERS == 2:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
                 (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
                 (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
             ],
@@ -70,8 +71,8 @@ def _decode_few_kernel(
     elif CONVERTERS == 1:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
                 (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
             ],
             [8, 4],
@@ -80,8 +81,8 @@ def _decode_few_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
                 (gather_keys if GATHER else load_keys, (cache, work, smem, N, R, PAGE, RAGGED, F)),
             ],
             [8, LOADER_WARPS],

@@ -50,9 +50,9 @@ MOST_SPILLED = 1024
 # where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine
 # pins yet).
 HOPPER = {"gluon_sm90": ("_decode_kernel", "_decode_few_kernel"), "gluon_sm90_ragged": ("_prefill_kernel",)}
-HOPPER_SPILLED = {("_decode_kernel", "3.7"): 16, ("_decode_kernel", "3.9"): 128, ("_decode_few_kernel", "3.9"): 16}
+HOPPER_SPILLED = {("_decode_kernel", "3.7"): 16, ("_decode_kernel", "3.9"): 160, ("_decode_few_kernel", "3.9"): 96}
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
-CONVERT_SPILLED = 64  # what pieces begin and end with, where accumulators, scores and codes all want registers
+CONVERT_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged, and with fixed splits their

@@ -65,6 +65,7 @@ def _decode_kernel(
     SPLIT: gl.constexpr,
 ):  # fmt: skip
     CONVERT: gl.constexpr = CODES and not PACKED
+    WRITTEN: gl.constexpr = GATHER or CODES  # by threads, not TMA
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
     dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
@@ -91,8 +92,8 @@ def _decode_kernel(
     if CODES:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CODES, CONVERT, SPLIT)),
-                (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT)),
+                (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
                 (unpack_keys if PACKED else convert_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
             ],
             [8, LOADER_WARPS],
@@ -101,8 +102,8 @@ def _decode_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, GATHER, CODES, CONVERT, SPLIT)),
-                (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
+                (attend, (q, lse, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT)),
+                (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
                 (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
             ],
             [8, LOADER_WARPS],
