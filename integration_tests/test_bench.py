@@ -77,9 +77,10 @@ def test_verify_accepts_fixed_splits(config):
     decode.verify(UNEVEN, config, page_size=PAGE, dtype=torch.float32, device="cpu", batch_invariant=True)
 
 
-def test_verify_accepts_an_fp8_cache(config):
-    options = {"page_size": PAGE, "dtype": torch.float32, "cache_dtype": torch.float8_e4m3fn, "device": "cpu"}
-    assert decode.make_inputs(UNEVEN, **options).cache_AGK.dtype == torch.float8_e4m3fn
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_verify_accepts_an_fp8_cache(config, cache_dtype):
+    options = {"page_size": PAGE, "dtype": torch.float32, "cache_dtype": cache_dtype, "device": "cpu"}
+    assert decode.make_inputs(UNEVEN, **options).cache_AGK.dtype == cache_dtype
     decode.verify(UNEVEN, config, **options)
 
 
@@ -89,6 +90,13 @@ def test_peers_of_16_bits_refuse_fp8(peer):
         UNEVEN, page_size=PAGE, dtype=torch.float32, cache_dtype=torch.float8_e4m3fn, device="cpu"
     )
     with pytest.raises(NotImplementedError, match="16-bit caches only"):
+        peers.DECODE[peer](data)
+
+
+@pytest.mark.parametrize("peer", peers.DECODE)
+def test_peers_refuse_tile_scaled_rows(peer):
+    data = decode.make_inputs(UNEVEN, page_size=PAGE, dtype=torch.float32, cache_dtype=torch.uint8, device="cpu")
+    with pytest.raises(NotImplementedError, match="caches"):
         peers.DECODE[peer](data)
 
 

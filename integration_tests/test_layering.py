@@ -209,7 +209,7 @@ LEAVES = {
         *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
         "schedule",
     ),
-    "hopper_launch": ("device", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
+    "hopper_launch": ("cache_layout", "device", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
     "hopper_prefill": ("hopper", "hopper_prefill_load", "primitives"),
     "hopper_prefill_load": ("hopper",),
     "tma": ("hopper",),

@@ -192,8 +192,9 @@ def test_kernels_of_a_cache_format(v3, monkeypatch):
     assert found["cache write"] == "triton_write"
     assert kernels(load(v3), "sm_80", 8, "fp8_ds_mla")["decode"].startswith("triton_splitkv")
     assert kernels(load(v3), "sm_90", 8, "fp8")["decode"] == "gluon_sm90"
+    assert kernels(load(v3), "sm_90", 8, "fp8_ds_mla")["decode"] == "gluon_sm90"
     monkeypatch.setenv("MLA_BACKEND_DECODE", "gluon_sm90")
-    assert "torch.bfloat16 queries and fp8_ds_mla cache" in kernels(load(v3), "sm_90", 8, "fp8_ds_mla")["decode"]
+    assert "torch.float32 queries and fp32 cache" in kernels(load(v3), "sm_90", 8, "fp32")["decode"]
     done = command(v3, "--cache", "fp8")
     assert "On sm_90, fp8 cache, pages of 64:" in done.stdout
     other = command(v3, "--cache", "int4")

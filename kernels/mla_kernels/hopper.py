@@ -34,6 +34,8 @@ def device_refusals(device: Device) -> list[str]:
 
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+# The same buffers as words of two values: the same bytes.
+SWIZZLED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 
 
 @gluon.jit

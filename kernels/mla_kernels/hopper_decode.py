@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, barrier, cp_async, ring
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_WORDS, barrier, cp_async, reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
@@ -37,6 +37,22 @@ WIDE = gl.constexpr(
         shape=[64, 256],
     )
 )
+# Two values of a word: the larger sizes of either, float32 of both, both times a float32 as float16.
+_MAX = "{.reg .b32 x; and.b32 x, $2, 0x7fff7fff; max.DTYPE $0, $1, x;}"
+MAX_BFLOAT16, MAX_FLOAT16 = gl.constexpr(_MAX.replace("DTYPE", "bf16x2")), gl.constexpr(_MAX.replace("DTYPE", "f16x2"))
+_BFLOAT16 = "{.reg .b32 x, y; shl.b32 x, WORD, 16; and.b32 y, WORD, 0xffff0000; mov.b32 LOW, x; mov.b32 HIGH, y;}"
+_FLOAT16 = "{.reg .b16 x, y; mov.b32 {x, y}, WORD; cvt.f32.f16 LOW, x; cvt.f32.f16 HIGH, y;}"
+_SHRINK = "{.reg .f32 l, h; SPLIT mul.f32 l, l, $2; mul.f32 h, h, $2; cvt.rn.f16x2.f32 $0, h, l;}"
+
+
+def _split(text: str, word: str, low: str, high: str) -> str:
+    return text.replace("WORD", word).replace("LOW", low).replace("HIGH", high)
+
+
+SPLIT_BFLOAT16 = gl.constexpr(_split(_BFLOAT16, "$2", "$0", "$1"))
+SPLIT_FLOAT16 = gl.constexpr(_split(_FLOAT16, "$2", "$0", "$1"))
+SHRINK_BFLOAT16 = gl.constexpr(_SHRINK.replace("SPLIT", _split(_BFLOAT16, "$1", "l", "h")))
+SHRINK_FLOAT16 = gl.constexpr(_SHRINK.replace("SPLIT", _split(_FLOAT16, "$1", "l", "h")))
 LAZY = gl.constexpr(8.0)  # binary orders that scores may outgrow their reference before outputs are rescaled
 NOTHING = gl.constexpr(-3e38)  # reference of a row that has seen no key: finite, so that differences are numbers
 
@@ -125,6 +141,63 @@ def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, 
 
 
 @gluon.jit
+def _words_of(q_s, c, F: gl.constexpr):
+    """64 columns of query rows, the c-th, as words of two values."""
+    words = reinterpret(q_s, gl.int32, [2, F, HALF // 2], SWIZZLED_WORDS)
+    return words.index(c * TILE // HALF).slice(c * TILE % HALF // 2, TILE // 2, dim=1)
+
+
+@gluon.jit
+def _larger(largest, words, MAX: gl.constexpr):
+    return gl.inline_asm_elementwise(MAX, "=r,r,r", [largest, words], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _shrunk(words, shrink, SHRINK: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        SHRINK, "=r,r,f", [words, shrink[:, None]], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
+    """Make float16 of query rows of `dtype` that are in their buffers, each divided by a power of two that brings its
+    largest value to 1 or 2: float16 ends at 65504, and below 2^-14 it loses bits. Returns these powers.
+    """
+    MAX: gl.constexpr = MAX_FLOAT16 if dtype == gl.float16 else MAX_BFLOAT16
+    SPLIT: gl.constexpr = SPLIT_FLOAT16 if dtype == gl.float16 else SPLIT_BFLOAT16
+    SHRINK: gl.constexpr = SHRINK_FLOAT16 if dtype == gl.float16 else SHRINK_BFLOAT16
+    lay: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    rope = reinterpret(q_rope_s, gl.int32, [F, TILE // 2], SWIZZLED_WORDS)
+    largest = gl.zeros([F, TILE // 2], gl.int32, lay)
+    for c in gl.static_range(LATENT // TILE):
+        largest = _larger(largest, _words_of(q_s, c, F).load(lay), MAX)
+    if R > 0:
+        largest = _larger(largest, rope.load(lay), MAX)
+    low, high = gl.inline_asm_elementwise(
+        SPLIT, "=f,=f,r", [largest], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+    )  # fmt: skip
+    of_row = gl.max(gl.maximum(low, high), 1)
+    power = gl.where(of_row > 0, gl.floor(gl.log2(of_row)), 0.0)
+    shrink = gl.exp2(-power)
+    for c in gl.static_range(LATENT // TILE):
+        words = _words_of(q_s, c, F)
+        words.store(_shrunk(words.load(lay), shrink, SHRINK))
+    if R > 0:
+        rope.store(_shrunk(rope.load(lay), shrink, SHRINK))
+    return gl.exp2(power)
+
+
+@gluon.jit
+def scale_of(scale_ptr):
+    """The scale of an fp8 cache, 1 where there is none."""
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = gl.load(scale_ptr)
+    return scale
+
+
+@gluon.jit
 def _quad_sums(x):
     """Sums of a [64, 64] tile's rows, as far as a thread can add alone: [64, 4]."""
     return gl.sum(gl.sum(x.reshape([64, 8, 4, 2]), 3), 1)
@@ -132,7 +205,7 @@ def _quad_sums(x):
 
 @gluon.jit
 def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
-    """Softmax weights of a tile's scores.
+    """Softmax weights of a tile's scores.  scale_log2: a number, or one for each row, as [64, 1].
 
     With fixed splits multiply and subtract are one instruction by name. Otherwise the compiler fuses them in one of the
     two places that need weights and not in the other, and whether a row goes through the other is up to all rows.
@@ -142,10 +215,12 @@ def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem,
+    b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem,
     R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
+
+    scale_log2, rows_scale: one factor of all scores, twice, or one for each row, as [64] and [64, 1].
 
     The reference may lag behind the largest score by LAZY, so weights need not wait for the maximum and outputs are
     seldom rescaled (as FlashAttention-4 does).
@@ -166,7 +241,7 @@ def _attend_block(
     if (b + 1) * BLOCK > all_see:
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, s_lay))
         s = gl.where(position[None, :] <= sees[:, None], s, float("-inf"))
-    weight = _weights(s, scale_log2, top, SPLIT)
+    weight = _weights(s, rows_scale, top, SPLIT)
     sums = _quad_sums(weight)
     high = gl.max(s, 1) * scale_log2
     grows = high > top + LAZY
@@ -176,7 +251,7 @@ def _attend_block(
     if grew > 0:
         new_top = gl.where(grows, high, top)
         rescale = gl.exp2(top - new_top)
-        weight = _weights(s, scale_log2, new_top, SPLIT)
+        weight = _weights(s, rows_scale, new_top, SPLIT)
         sums = _quad_sums(weight)
         total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
         top = new_top
@@ -190,7 +265,8 @@ def _attend_block(
 
 @gluon.jit
 def _attend_piece(
-    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s, q_rope, token, row0, rows, lse, smem,
+    begin, end, slot, block, pieces, sees, all_see, scale_log2, rows_scale, cache_scale, q_s, q_rope, token, row0, rows,
+    lse, smem,
     N: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks and pieces were done."""
@@ -201,12 +277,14 @@ def _attend_piece(
     top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
     total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
     for b in range(begin, end):
-        top, total = _attend_block(b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER, SPLIT)
+        top, total = _attend_block(
+            b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem, R, GATHER, SPLIT
+        )
         block += 1
     sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
     safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
     mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(1.0 / safe)
+    smem.last.store(cache_scale / safe)
     mbarrier.arrive(smem.last_full, count=1)
     pieces += 1
     row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
@@ -221,10 +299,14 @@ def _attend_piece(
 
 @gluon.jit
 def attend(
-    q, lse, plan, scale_log2, work, smem,
-    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
+    q, lse, plan, scale_log2, scale_ptr, work, smem,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr,
+    CONVERT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE."""
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16.
+
+    CODES: the cache is fp8, so that registers are few.
+    """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     shared, lengths = work
     if SPLIT == 0:
@@ -233,6 +315,7 @@ def attend(
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     i = gl.arange(0, ROWS, row_lay)
+    cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
     line = first_slot(shared, SPLIT)
@@ -241,28 +324,36 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
+            raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, ROWS, HALF], SWIZZLED)
+            raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [ROWS, TILE], SWIZZLED)
             for half in gl.static_range(2):
-                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
+                _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
             if R > 0:
-                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
+                _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
             async_copy.commit_group()
             async_copy.wait_group(0)
+            factor = scale_log2 * cache_scale
+            rows_factor = factor
+            if CONVERT:
+                power = shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, ROWS, R)
+                factor = factor * gl.convert_layout(power, row_lay)
+                rows_factor = factor[:, None]
             fence_async_shared()
             barrier()
-            q_rope = q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
+            q_rope = q_rope_s if CODES else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
             all_see = seq_len - tokens + 1
             sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             if SPLIT > 0:
                 for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
                     block, pieces = _attend_piece(
-                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, scale_log2, q_s,
-                        q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor, rows_factor,
+                        cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                     )  # fmt: skip
                     slot += 1
             else:
                 block, pieces = _attend_piece(
-                    begin, end, slot, block, pieces, sees, all_see, scale_log2, q_s,
-                    q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
+                    begin, end, slot, block, pieces, sees, all_see, factor, rows_factor,
+                    cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                 )  # fmt: skip
 
 

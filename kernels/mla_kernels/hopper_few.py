@@ -1,7 +1,6 @@
 """The roles of the Hopper decode kernel for few query rows: everything transposed.
 
-A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns; so are
-those of a tile of 16 where a cache is fp8, however many tiles there are:
+A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns:
 
   load_keys, gather_keys or convert_keys   fills k, half a block at a time, when it is empty
   attend                                   k times query: scores [64 keys, F queries]; softmax weights into `weight`
@@ -21,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import barrier, cp_async, ring
-from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, wait_for_values, write_plan
+from mla_kernels.hopper import SWIZZLED, barrier, cp_async, reinterpret, ring
+from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, shrink_q, wait_for_values, write_plan
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, piece
@@ -40,58 +39,6 @@ def _copy_q(target, q_ptr, strides8, token, row0, rows, column, N: gl.constexpr,
 
 
 @gluon.jit
-def _read_q(q_ptr, strides8, token, row0, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
-    """Columns column .. column + WIDTH - 1 of the query rows in registers; zeros where no row is."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
-    i = gl.arange(0, F, gl.SliceLayout(1, lay))
-    r = token * N + row0 + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    return gl.load(q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None], other=0.0)
-
-
-@gluon.jit
-def _largest(x):
-    x = x.to(gl.float32)
-    return gl.max(gl.maximum(x, -x), 1)
-
-
-@gluon.jit
-def _shrunk(x, shrink):
-    return (x.to(gl.float32) * shrink[:, None]).to(gl.float16)
-
-
-@gluon.jit
-def _put_q(q, token, row0, rows, N: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
-    """Write the query rows as float16, each divided by a power of two that brings its largest value to 1 or 2: float16
-    ends at 65504, and below 2^-14 it loses bits. Returns these powers.
-    """
-    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
-    left = _read_q(q_latent_ptr, latent_strides8, token, row0, rows, 0, N, F, HALF)
-    right = _read_q(q_latent_ptr, latent_strides8, token, row0, rows, HALF, N, F, HALF)
-    largest = gl.maximum(_largest(left), _largest(right))
-    if R > 0:
-        rope = _read_q(q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
-        largest = gl.maximum(largest, _largest(rope))
-    power = gl.where(largest > 0, gl.floor(gl.log2(largest)), 0.0)
-    shrink = gl.exp2(-power)
-    q_s.index(0).store(_shrunk(left, shrink))
-    q_s.index(1).store(_shrunk(right, shrink))
-    if R > 0:
-        q_rope_s.store(_shrunk(rope, shrink))
-    return gl.exp2(power)
-
-
-@gluon.jit
-def _scale_of(scale_ptr):
-    """The scale of an fp8 cache, 1 where there is none."""
-    scale = 1.0
-    if scale_ptr is not None:
-        scale = gl.load(scale_ptr)
-    return scale
-
-
-@gluon.jit
 def _attend_block(
     b, top, total, block, sees, all_see, scale_log2, columns_scale, q_s, q_rope_s, smem,
     F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr,
@@ -105,13 +52,13 @@ def _attend_block(
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
     flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     s = gl.zeros([BLOCK, F], gl.float32, s_lay)
-    stage, phase, _ = ring(block)
+    stage, phase, zero = ring(block)
     for half in gl.static_range(2):
         mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
         if GATHER:
             fence_async_shared()  # rows came by ordinary writes
         keys = smem.k.index(2 * stage + half)
-        s = warpgroup_mma(keys, q_s.index(half).permute((1, 0)), s, use_acc=half > 0, is_async=True)
+        s = warpgroup_mma(keys, q_s.index(zero + half).permute((1, 0)), s, use_acc=half > 0, is_async=True)
     if R > 0:
         s = warpgroup_mma(smem.k_rope.index(stage), q_rope_s.permute((1, 0)), s, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
@@ -148,7 +95,7 @@ def attend(
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
     i = gl.arange(0, F, query_lay)
-    cache_scale = _scale_of(scale_ptr)
+    cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
     for request in range(shared[0], shared[2] + 1):
@@ -156,19 +103,20 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
         )
         if rows > 0:
+            raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, F, HALF], SWIZZLED)
+            raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [F, TILE], SWIZZLED)
+            for half in gl.static_range(2):
+                _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF)
+            if R > 0:
+                _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            factor = scale_log2 * cache_scale
+            columns_factor = factor
             if CONVERT:
-                power = gl.convert_layout(_put_q(q, token, row0, rows, N, F, R), query_lay)
-                factor = scale_log2 * cache_scale * power
+                power = shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, F, R)
+                factor = factor * gl.convert_layout(power, query_lay)
                 columns_factor = factor[None, :]
-            else:
-                for half in gl.static_range(2):
-                    _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF)
-                if R > 0:
-                    _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
-                async_copy.commit_group()
-                async_copy.wait_group(0)
-                factor = scale_log2 * cache_scale
-                columns_factor = factor
             fence_async_shared()
             barrier()
             all_see = seq_len - tokens + 1

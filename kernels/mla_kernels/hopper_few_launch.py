@@ -1,16 +1,17 @@
-"""The launch of Hopper's decode for few query rows, or an fp8 cache: keys are rows of the matrix instructions, queries
-columns.
+"""The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
 
 Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
 hopper_convert.py has the one that reads an fp8 cache.
 """
+
+from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
-from mla_kernels.hopper_convert import convert_keys
+from mla_kernels.hopper_convert import convert_keys, unpack_keys
 from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
@@ -18,8 +19,7 @@ from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
 
-# Query rows of a tile, which are columns here. With 32 and an fp8 cache roles would need more registers than there are.
-COLUMNS, COLUMNS_FP8 = (16, 32), (16,)
+COLUMNS = (16, 32)  # query rows of a tile, which are columns here
 
 
 @gluon.jit(
@@ -33,9 +33,11 @@ def _decode_few_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-    GATHER: gl.constexpr, CONVERT: gl.constexpr,
+    GATHER: gl.constexpr, CONVERTERS: gl.constexpr, PACKED: gl.constexpr,
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
+    CONVERT: gl.constexpr = CONVERTERS > 0 and not PACKED
+    WRITTEN: gl.constexpr = GATHER or CONVERTERS > 0  # by threads, not TMA
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
     dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
@@ -55,46 +57,78 @@ def _decode_few_kernel(
     plan = (plan_ptr, pieces, cuts, cuts_before)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    gl.warp_specialize(
-        [
-            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, CONVERT)),
-            (accumulate, (out, work, smem, N, F, RAGGED, GATHER)),
-            (
-                convert_keys if CONVERT else gather_keys if GATHER else load_keys,
-                (cache, work, smem, N, R, PAGE, RAGGED, F),
-            ),
-        ],
-        [8, LOADER_WARPS],
-        [ADDER_REGS, LOADER_REGS],
-    )
+    if CONVERTERS == 2:
+        gl.warp_specialize(
+            [
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
+            ],
+            [8, 4, 4],
+            [ADDER_REGS, LOADER_REGS, LOADER_REGS],
+        )
+    elif CONVERTERS == 1:
+        gl.warp_specialize(
+            [
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
+                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
+            ],
+            [8, 4],
+            [ADDER_REGS, LOADER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
+                (gather_keys if GATHER else load_keys, (cache, work, smem, N, R, PAGE, RAGGED, F)),
+            ],
+            [8, LOADER_WARPS],
+            [ADDER_REGS, LOADER_REGS],
+        )
 
 
-def columns_of(rows: int, codes: bool) -> int:
-    """Of a tile for so many query rows, and a cache of codes or of values."""
-    return next((columns for columns in (COLUMNS_FP8 if codes else COLUMNS) if rows <= columns), COLUMNS_FP8[-1])
+def columns_of(rows: int) -> int:
+    """Of a tile for so many query rows."""
+    return next(columns for columns in COLUMNS if rows <= columns)
 
 
-def _threads(prepared, columns: int) -> dict:
-    """Warps of the loader, registers of its threads and of those that add values up (others get what is left), and of
-    all threads on average, where that is less than there are."""
+class Roles(NamedTuple):
+    """Warpgroups that convert, warps that load otherwise, registers of a thread of theirs and of those that add values
+    up. The others get what is left of `registers` for each thread."""
+
+    converters: int
+    loader_warps: int
+    loader_registers: int
+    adder_registers: int
+    registers: int = 128
+
+
+def roles_of(prepared, columns: int) -> Roles:
     if prepared.codes:
-        return {"LOADER_WARPS": 4, "LOADER_REGS": 112, "ADDER_REGS": 88}
+        if columns == 16:
+            return Roles(2, 4, 88 if prepared.packed else 80, 80)
+        return Roles(1, 4, 88, 128)
     if prepared.gather:
-        return {"LOADER_WARPS": 4, "LOADER_REGS": 56, "ADDER_REGS": 136}
+        return Roles(0, 4, 56, 136)
     if columns == 16:
         # Leaves room for a program of the merge, which is then there when the last part ends.
-        return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 88, "maxnreg": 96}
-    return {"LOADER_WARPS": 1, "LOADER_REGS": 40, "ADDER_REGS": 144}
+        return Roles(0, 1, 40, 88, registers=96)
+    return Roles(0, 1, 40, 144)
 
 
 def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, plan, cache_scale) -> None:
-    """Start it for `rows` query rows of a request: up to max(COLUMNS), or any number with an fp8 cache.
+    """Start it for `rows` query rows of a request, up to max(COLUMNS).
 
     prepared: hopper_launch.prepare_launch's.   columns: of `columns_of`.   parts: of the batch, for such tiles.
     """
+    roles = roles_of(prepared, columns)
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERT=prepared.codes, num_warps=4, launch_pdl=True,
-        **_threads(prepared, columns), **prepared.constants,
+        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, PACKED=prepared.packed, **prepared.constants,
+        LOADER_WARPS=roles.loader_warps, LOADER_REGS=roles.loader_registers, ADDER_REGS=roles.adder_registers,
+        num_warps=4, launch_pdl=True, **({"maxnreg": roles.registers} if roles.registers < 128 else {}),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper_load import LATENT, TILE
 from mla_kernels.primitives import E4M3, LOG2_E, cdiv, decode_outputs, require_adjacent
@@ -56,13 +57,15 @@ def _describe(cache_AGK: torch.Tensor, stride_page: int):
 class Launch(NamedTuple):
     """Of a kernel whose arguments are `before_parts`, the number of parts, `behind_parts`, then scratch.
 
-    empty: there is nothing to do.   codes: the cache is fp8, as words.   gather: no TMA box fits its pages.
+    empty: there is nothing to do.   codes: the cache is fp8, as words.   packed: in rows that bring their scales.
+    gather: no TMA box fits its pages.
     """
 
     outputs: tuple
     empty: bool
     device: Device
     codes: bool
+    packed: bool
     gather: bool
     before_parts: tuple
     behind_parts: tuple
@@ -81,7 +84,8 @@ def prepare_launch(
     )
     require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
     stride_page = cache_AGK.stride(0) if len(cache_AGK) > 1 else 0  # of a single page it says nothing
-    codes = cache_AGK.dtype == E4M3
+    packed = packed_row(cache_AGK, q_latent_TNL.shape[-1] + R) is not None
+    codes = packed or cache_AGK.dtype == E4M3
     in_16 = 16 if codes else 8  # values of 16 bytes
     if cache_AGK.data_ptr() % 16 or stride_page % in_16 or cache_AGK.stride(1) % in_16:
         raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
@@ -93,6 +97,7 @@ def prepare_launch(
         empty=empty,
         device=device_of(cache_AGK),
         codes=codes,
+        packed=packed,
         gather=k_desc is None and not codes,
         before_parts=(
             k_desc, page_rows, cache_AGK.view(torch.int32) if codes else cache_AGK,

@@ -47,8 +47,8 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "n
 class Tensor(np.ndarray):
     type = SimpleNamespace(layout=None)
 
-    def to(self, dtype):
-        return self.astype(dtype)
+    def to(self, dtype, bitcast=False):
+        return self.view(dtype) if bitcast else self.astype(dtype)
 
 
 def _tensor(x):
@@ -253,12 +253,31 @@ def _reduce(tensors, axis, combine):
 
 
 def _inline_asm(asm, constraints, args, **_):
-    """There are two texts for float16: one gives its operand back, one turns four e4m3 codes into two pairs."""
-    if "e4m3" not in getattr(asm, "value", asm):
+    """Texts are told apart by what is in them alone; of those with a bfloat16 and a float16 form one is here."""
+    asm = getattr(asm, "value", asm)
+    if "shfl" in asm:
         return args[0]
-    codes = torch.from_numpy(np.ascontiguousarray(args[0])).view(torch.float8_e4m3fn)
-    pairs = codes.half().view(*args[0].shape, 2, 2).view(torch.int32).numpy()[..., 0]
-    return tuple(_tensor(pairs[..., i].copy()) for i in range(2))
+    if "prefetch" in asm:
+        args[0].reach(None)
+        return None
+    words, factor = (torch.from_numpy(np.ascontiguousarray(x)) for x in (args[0], args[-1]))
+    if "max.f16x2" in asm:
+        halves = (x.view(torch.float16) for x in (words, factor))
+        return _tensor(
+            torch.maximum(*(x.abs().nan_to_num(0.0, posinf=torch.inf) for x in halves)).view(torch.int32).numpy()
+        )
+    if "e4m3" in asm:
+        values = words.view(torch.float8_e4m3fn).float()
+        values = values * factor if "mul.f32" in asm else values
+        pairs = values.half().view(*words.shape, 2, 2).view(torch.int32)[..., 0]
+        return tuple(_tensor(pairs[..., i].numpy().copy()) for i in range(2))
+    assert "0xffff0000" not in asm or "cvt" in asm, f"no bfloat16 here: {asm}"
+    values = words.view(torch.bfloat16 if "0xffff0000" in asm else torch.float16).float()
+    if constraints == "=f,=f,r":
+        pairs = values.view(*words.shape, 2).numpy()
+        return tuple(_tensor(pairs[..., i].copy()) for i in range(2))
+    values = values * factor if "mul.f32" in asm else values
+    return _tensor(values.half().view(torch.int32).numpy())
 
 
 PROGRAM, GRID = [0, 0], [1, 1]

@@ -1,5 +1,5 @@
-"""The text of the Hopper decode kernel where products are transposed, executed on a CPU by gluon_emulator.py: few query
-rows of 16-bit caches, and any number of fp8 ones, against the float64 reference."""
+"""The text of the Hopper decode kernel where products are transposed or the cache is fp8, executed on a CPU by
+gluon_emulator.py, against the float64 reference."""
 
 import functools
 
@@ -18,7 +18,8 @@ def kernel():
     return build()
 
 
-CACHES = {"float16": {}, "fp8": FP8, "fp8 with a scale": {**FP8, "cache_scale": 0.037}}
+PACKED = {"cache_dtype": torch.uint8}
+CACHES = {"float16": {}, "fp8": FP8, "fp8 with a scale": {**FP8, "cache_scale": 0.037}, "packed": PACKED}
 
 
 @pytest.fixture(params=CACHES)
@@ -45,9 +46,44 @@ def test_rows(kernel, heads, rope, query_len, cache):
 
 
 @pytest.mark.parametrize(("heads", "rope", "query_len"), [(33, 64, 1), (20, 64, 4), (128, 0, 1)])
-def test_several_tiles_of_rows(kernel, heads, rope, query_len):
+@pytest.mark.parametrize("name", ["fp8 with a scale", "packed"])
+def test_several_tiles_of_rows(kernel, heads, rope, query_len, name):
     """Of an fp8 cache; the last one not full."""
-    check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len, **CACHES["fp8 with a scale"]))
+    check(kernel, make(heads, [query_len + 1, 130, 400], rope=rope, query_lens=query_len, **CACHES[name]))
+
+
+@pytest.mark.parametrize("heads", [5, 40])
+def test_any_scale_of_packed_rows_is_read(kernel, heads):
+    """vLLM before its pull request 49435 wrote amax / 448 as it was."""
+    case = make(heads, [40, 130], **PACKED)
+    scales = case.arrays[2][..., 512:528].view(torch.float32)
+    scales *= 0.5 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(0))
+    check(kernel, case)
+
+
+@pytest.mark.parametrize("heads", [1, 40])
+def test_every_code_of_packed_rows(kernel, heads):
+    """With scales of several sizes; NaN stays NaN, in codes and in scales."""
+    case = make(heads, [4], page_size=64, needles=False, **PACKED)
+    q_latent, q_rope, cache_AGK, table, _ = case.arrays
+    codes = torch.arange(512).remainder(256).to(torch.uint8)
+    not_a_number = (codes & 0x7F) == 0x7F
+    page = int(table[0, 0])
+    cache_AGK[page, :4] = 0
+    cache_AGK[page, 2, :512] = codes
+    scales = torch.tensor([2.0**-13, 1.0, 8.0, torch.nan])
+    cache_AGK[page, 2, 512:528] = scales.view(torch.uint8)
+    cache_AGK[page, 2, 528:530] = torch.tensor([64.0], dtype=torch.bfloat16).view(torch.uint8)
+    q_latent[:], q_rope[:] = 0, 0
+    q_rope[..., 0] = 8.0  # a score of 37 beside zeros
+    out, _ = kernel.run(*case.arrays, **case.options)
+    assert out.isnan().all(), "a key that is no number has a score that is none"
+    cache_AGK[page, 2, :512][not_a_number] = 0
+    cache_AGK[page, 2, 524:528] = torch.tensor([2.0**-3]).view(torch.uint8)
+    out, _ = kernel.run(*case.arrays, **case.options)
+    scales[3] = 2.0**-3
+    wanted = cache_AGK[page, 2, :512].view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128)
+    assert torch.equal(out[0], wanted.to(out.dtype).expand(heads, -1))
 
 
 def test_large_scores(kernel):
@@ -98,46 +134,61 @@ def test_a_code_that_is_no_number_stays_one(kernel, code):
 @pytest.mark.parametrize("magnitude", [2.0**-13, 2.0**-7, 1.0, 2.0**7], ids=str)
 def test_queries_of_any_magnitude(kernel, magnitude):
     """Of heads that differ by a factor of 8, in a format that ends at 2^16 and gets coarse below 2^-14."""
-    case = make(3, [200, 30], needles=False, **FP8)
-    for part in case.arrays[:2]:
-        part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
-    case.options["scale"] /= 64 * magnitude
-    check(kernel, case)
+    for query_len in (1, 12):
+        case = make(3, [200, 30], needles=False, query_lens=query_len, **FP8)
+        for part in case.arrays[:2]:
+            part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
+        case.options["scale"] /= 64 * magnitude
+        check(kernel, case)
 
 
 def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
-    check(kernel, make(10, [700, 30], query_lens=[2, 3], **FP8))
+    check(kernel, make(10, [700, 30], query_lens=[4, 3], page_size=48, **CACHES["fp8 with a scale"]))
+    check(kernel, make(50, [200, 30], query_lens=2, **CACHES["fp8 with a scale"]))
+    check(kernel, make(3, [700, 30], page_size=48, **PACKED))
     check(kernel, with_large_scores())
 
 
 SEES = """tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             top = gl.full([F]"""
-READ = """    r = token * N + row0 + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    return"""
-STORE = """    r = token * N + row0 + i
-    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
-    pointer = ptr + at_row[None, :]"""
+LATER = "(row0 + i) // N  # position of the query itself: the last key it may see\n            if SPLIT"
+READ = "    r = token * N + row + i\n"
+STORE = "    r = token * N + row0 + i\n    at_row = (r // N).to(gl.int64) * stride_t"
+NEXT = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    codes"
+NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
+LSE = "rows_per_slot + row0 + i, row_lse"
 MISTAKES = {
-    "the scale is left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * power"),
-    "powers of queries are left out of scores": ("scale_log2 * cache_scale * power", "scale_log2 * cache_scale"),
-    "the scale is left out of outputs": ("smem.last.store(cache_scale / safe)", "smem.last.store(1.0 / safe)"),
+    "the scale is left out of scores": (
+        "columns_factor = factor[None",
+        "columns_factor = (factor / cache_scale)[None",
+    ),
+    "powers of queries are left out of scores": (
+        "convert_layout(power, query_lay)",
+        "convert_layout(power * 0 + 1, query_lay)",
+    ),
+    "the scale is left out of scores, rows": ("rows_factor = factor[:", "rows_factor = (factor / cache_scale)[:"),
+    "powers of queries are left out of scores, rows": (
+        "convert_layout(power, row_lay)",
+        "convert_layout(power * 0 + 1, row_lay)",
+    ),
+    "the scale is left out of outputs": ("        smem.last.store(cache_scale", "        smem.last.store(1.0"),
+    "the scale is left out of outputs, rows": ("\n    smem.last.store(cache_scale /", "\n    smem.last.store(1.0 /"),
     "a query sees one key too many": (SEES, SEES.replace("tokens +", "tokens + 1 +")),
     "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
-    "codes of the wrong block": (
-        "row = _row_of(cache, page, b + 1, t, PAGE)",
-        "row = _row_of(cache, page, b, t, PAGE)",
-    ),
+    "codes of the wrong block": (NEXT, NEXT.replace("b + 1", "b")),
+    "packed codes of the wrong block": (NEXT_PACKED, NEXT_PACKED.replace("b + 1", "b")),
+    "every tile's scale is the first one's": ("_scale(row, 2 * half + 1, real)", "_scale(row, 2 * half, real)"),
+    "rotary values of packed rows are read as float16": ("if buffer.dtype == gl.float16:", "if False:"),
     "the last rows' columns are shifted": (
         "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
         "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
     ),
-    "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
+    "every tile reads the first one's queries": (READ, READ.replace("row + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
-    "rows of later tiles see what the first one's do": (SEES, SEES.replace("(row0 + i)", "i")),
-    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, query_lse", "rows_per_slot + i, query_lse"),
+    "rows of later tiles see what the first one's do": (LATER, LATER.replace("(row0 + i)", "i")),
+    "every tile's LSE goes to the first one's": (LSE, LSE.replace("row0 + ", "")),
 }
 
 

@@ -35,20 +35,18 @@ TOO_MANY_ROWS = {"num_heads": 128, "max_query_len": 67}
     [
         *((problem_for(), device, reasons) for device, reasons in NOT_HOPPER),
         (problem_for(dtype=torch.float32), H200, [f"{DTYPES} torch.float32 queries and fp32 cache"]),
-        (problem_for(cache=torch.uint8), H200, [f"{DTYPES} torch.bfloat16 queries and fp8_ds_mla cache"]),
         (problem_for(cache=torch.float16), H200, [f"{DTYPES} torch.bfloat16 queries and fp16 cache"]),
         (problem_for(kv_lora_rank=256), H200, ["needs latent 512 + rope 64 or 0, got 256 + 64"]),
         (problem_for(qk_rope_head_dim=32), H200, ["needs latent 512 + rope 64 or 0, got 512 + 32"]),
         (problem_for(**TOO_MANY_ROWS), H200, ["needs heads x query tokens of 8448 or less, got 8576"]),
-        (
-            problem_for(cache=FP8, num_heads=128, max_query_len=17),
-            H200,
-            ["needs heads x query tokens of 2112 or less, got 2176"],
-        ),
-        (
-            replace(problem_for(cache=FP8), split_tokens=384, max_seq_len=4096),
-            H200,
-            ["needs a 16-bit cache for fixed splits, got fp8 and splits of 384 tokens"],
+        (problem_for(cache=FP8, **TOO_MANY_ROWS), H200, ["needs heads x query tokens of 8448 or less, got 8576"]),
+        *(
+            (
+                replace(problem_for(cache=cache), split_tokens=384, max_seq_len=4096),
+                H200,
+                [f"needs a 16-bit cache for fixed splits, got {name} and splits of 384 tokens"],
+            )
+            for cache, name in ((FP8, "fp8"), (torch.uint8, "fp8_ds_mla"))
         ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -77,23 +75,24 @@ def test_what_it_takes(heads, query_len, page_size):
         assert KERNEL.unsupported(problem, H200) == []
 
 
-@pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (5, 4), (128, 16)])
+@pytest.mark.parametrize(("heads", "query_len"), [(1, 1), (5, 4), (128, 66)])
 def test_what_it_takes_of_fp8(heads, query_len):
-    for dtype, rope, page_size in product((torch.bfloat16, torch.float16), (64, 0), (1, 16, 48, 64)):
+    caches = (FP8, torch.uint8)
+    for dtype, rope, page_size, cache in product((torch.bfloat16, torch.float16), (64, 0), (1, 16, 48, 64), caches):
         shape = {"num_heads": heads, "qk_rope_head_dim": rope, "max_query_len": query_len}
-        assert KERNEL.unsupported(problem_for(dtype=dtype, cache=FP8, page_size=page_size, **shape), H200) == []
+        assert KERNEL.unsupported(problem_for(dtype=dtype, cache=cache, page_size=page_size, **shape), H200) == []
 
 
 def test_scratch_suffices_for_every_query_length():
     """A server reserves once, for the most query tokens; every step with fewer must fit: two slots a part."""
     heads_and_tokens = product((1, 2, 5, 8, 12, 16, 20, 64, 128), (1, 2, 4, 9, 16))
-    for (heads, most), (cache, height) in product(heads_and_tokens, ((None, 64), (FP8, 16))):
+    for (heads, most), cache in product(heads_and_tokens, (None, FP8)):
         problem = problem_for(cache=cache, num_heads=heads, max_query_len=most)
         values, lse, plan = KERNEL.load().workspace(problem, H200, max_requests=1000)
         assert values == ((lse[0][0] * GEOMETRY.kv_lora_rank,), torch.float32)
         for query_len in range(1, most + 1):
             rows = query_len * heads
-            parts = max(1, H200.num_sms // -(-rows // (height if rows > 32 or cache else 32)))
+            parts = max(1, H200.num_sms // -(-rows // (64 if rows > 32 else 32)))
             assert 2 * parts * rows <= lse[0][0], (heads, most, query_len, cache)
             assert 4 * (1 + parts) <= plan[0][0]
 

@@ -1,5 +1,4 @@
-"""The Hopper decode kernel where products are transposed, against the float64 reference: few query rows of 16-bit
-caches, any number of fp8 ones."""
+"""The Hopper decode kernel where products are transposed or the cache is fp8, against the float64 reference."""
 
 import pytest
 import torch
@@ -13,7 +12,13 @@ pytestmark = NEEDS_HOPPER
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 KERNEL = next(k for k in OPERATIONS["decode"] if k.name == "gluon_sm90")
 E4M3 = torch.float8_e4m3fn
-CACHES = {"16 bits": {}, "fp8": {"cache_dtype": E4M3}, "fp8 with a scale": {"cache_dtype": E4M3, "cache_scale": 0.037}}
+PACKED = {"cache_dtype": torch.uint8}
+CACHES = {
+    "16 bits": {},
+    "fp8": {"cache_dtype": E4M3},
+    "fp8 with a scale": {"cache_dtype": E4M3, "cache_scale": 0.037},
+    "packed": PACKED,
+}
 
 
 @pytest.fixture(params=CACHES)
@@ -66,14 +71,35 @@ def test_up_to_16_query_rows(heads, query_len, rope, cache):
 
 @pytest.mark.parametrize(("heads", "query_len"), [(17, 1), (32, 1), (16, 2), (8, 4)])
 @pytest.mark.parametrize("rope", [64, 0])
-def test_up_to_32_query_rows(heads, query_len, rope):
-    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len))
+def test_up_to_32_query_rows(heads, query_len, rope, cache):
+    check(make(heads, [129, query_len, 1000], rope=rope, query_lens=query_len, **cache))
 
 
-@pytest.mark.parametrize(("heads", "query_len"), [(17, 1), (20, 4), (64, 1), (128, 1), (128, 4), (16, [4, 1, 2])])
+@pytest.mark.parametrize(("heads", "query_len"), [(33, 1), (20, 4), (64, 1), (128, 1), (128, 4), (16, [4, 1, 2])])
 @pytest.mark.parametrize("rope", [64, 0])
-def test_several_tiles_of_rows(heads, query_len, rope):
+def test_more_query_rows_of_fp8(heads, query_len, rope):
     check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, **CACHES["fp8 with a scale"]))
+    check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, page_size=48, **CACHES["fp8"]))
+    check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, **PACKED))
+    check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, page_size=16, dtype=torch.float16, **PACKED))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [5, 30, 40])
+def test_any_scale_of_packed_rows_is_read(heads, dtype):
+    """vLLM before its pull request 49435 wrote amax / 448 as it was."""
+    case = make(heads, [40, 130], dtype=dtype, **PACKED)
+    scales = case.arrays[2][..., 512:528].view(torch.float32)
+    scales *= 0.5 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    check(case)
+
+
+@pytest.mark.parametrize("heads", [5, 40])
+def test_packed_rows_of_values_that_float16_cannot_hold(heads):
+    case = make(heads, [140], needles=False, **PACKED)
+    case.arrays[2][..., 512:528].view(torch.float32).mul_(2.0**20)
+    case.arrays[0].mul_(2.0**-20)
+    check(case)
 
 
 def test_query_tokens_before_the_sequence_see_nothing(cache):

@@ -122,9 +122,7 @@ def case_for(kernel, place, *arguments, **options):
     return make(device=place(kernel, problem_for(make())))
 
 
-decodes = pytest.mark.parametrize(
-    "kernel", [k for k in OPERATIONS["decode"] if k.name != "gluon_sm90"], ids=lambda k: k.name
-)
+decodes = pytest.mark.parametrize("kernel", OPERATIONS["decode"], ids=lambda k: k.name)
 
 
 @pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
@@ -165,10 +163,9 @@ def test_rows_that_nobody_owns_are_poison():
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gpus_without_fp8_take_it(operation, arch):
-    chosen = select(operation, problem_of(512, 64, torch.bfloat16, 64), Device("cuda", arch))
-    assert operation == "prefill" or chosen.kernel.name.startswith("triton_")
-    if operation == "decode" and arch == 90:
-        assert "fp8_ds_mla" in " ".join(chosen.refused["gluon_sm90"])
+    """Prefill reads no cache, so that it may be any kernel; Hopper has one of its own for decode."""
+    kernel = select(operation, problem_of(512, 64, torch.bfloat16, 64), Device("cuda", arch)).kernel.name
+    assert operation == "prefill" or kernel.startswith("triton_") or (kernel, arch) == ("gluon_sm90", 90)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def decode(
     against: Annotated[str, peers_option(PEERS)] = ",".join(PEERS),
     cases: DecodeCases = None,
     page_size: PageSize = 64,
-    cache: Annotated[Literal["bf16", "fp8"], typer.Option(help="Format of the cache.")] = "bf16",
+    cache: Annotated[Literal["bf16", "fp8", "fp8_ds_mla"], typer.Option(help="Format of the cache.")] = "bf16",
     kernel: DecodeKernel = None,
     eager: Eager = False,
     csv: CSVFile = None,

@@ -20,7 +20,8 @@ from mla_backend.bench.peers import DECODE, DecodeInputs
 from mla_backend.bench.timing import graph_us, input_sets
 from mla_backend.config import MLABackendConfig
 from mla_backend.steps import DecodeStep
-from mla_kernels import FORMATS, CacheLayout, Problem, device_of, format_of, split_for
+from mla_kernels import FORMATS, CacheLayout, MLAGeometry, Problem, device_of, format_of, select, split_for
+from mla_kernels.packed_rows import unpack
 
 DTYPE = torch.bfloat16
 
@@ -36,21 +37,33 @@ def make_inputs(
 ) -> DecodeInputs:
     """Random inputs. Every request has pages for the longest one, shuffled; rows past its end are there and random.
 
-    cache_dtype: `dtype` without it.
+    cache_dtype: `dtype` without it; torch.uint8 for tile-scaled rows, which our kernel writes.
     """
     geometry = geometry_for(case.heads)
     pages = -(-max(case.lengths) // page_size)
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     shape = (case.batch * pages, page_size, geometry.latent_dim)
+    cache_AGK = torch.randn(shape, dtype=dtype, **options).mul_(0.3)
     return DecodeInputs(
-        cache_AGK=torch.randn(shape, dtype=dtype, **options).mul_(0.3).to(cache_dtype or dtype),
+        cache_AGK=packed(cache_AGK, geometry) if cache_dtype == torch.uint8 else cache_AGK.to(cache_dtype or dtype),
         block_table_BM=torch.randperm(case.batch * pages, dtype=torch.int32, **options).view(case.batch, pages),
         q_BQNK=torch.randn(case.batch, case.query_len, case.heads, geometry.latent_dim, dtype=dtype, **options) * 0.3,
         seq_lens_B=torch.tensor(case.lengths, device=device, dtype=torch.int32),
         latent=geometry.kv_lora_rank,
         scale=geometry.softmax_scale,
     )
+
+
+def packed(cache_AGK: torch.Tensor, geometry: MLAGeometry) -> torch.Tensor:
+    """Tile-scaled rows of these."""
+    pages, page_size, _ = cache_AGK.shape
+    layout = CacheLayout(geometry=geometry, format=format_of(torch.uint8), page_size=page_size)
+    rows = torch.empty(layout.shape(pages), dtype=torch.uint8, device=cache_AGK.device)
+    writer = select("cache_write", Problem(layout=layout, dtype=cache_AGK.dtype), device_of(rows)).kernel
+    values = cache_AGK.flatten(0, 1).split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
+    writer.run(*values, rows, torch.arange(pages * page_size, device=rows.device))
+    return rows
 
 
 def attention_for(data: DecodeInputs, config: MLABackendConfig, *, batch_invariant: bool = False) -> MLAAttention:
@@ -84,13 +97,15 @@ def expected(data: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
     Not mla_kernels.reference: that repeats keys for every head, 38 GB for 128 heads and 131072 tokens.
     """
-    batch, query_len, heads, _ = data.q_BQNK.shape
+    batch, query_len, heads, width = data.q_BQNK.shape
     out_BQNL = data.q_BQNK.new_empty(batch, query_len, heads, data.latent, dtype=torch.float32)
     lse_BQN = out_BQNL.new_empty(batch, query_len, heads)
     page_size = data.cache_AGK.shape[1]
     for b, tokens in enumerate(data.seq_lens_B.tolist()):
         pages = data.block_table_BM[b, : -(-tokens // page_size)].long()
-        row_SK = data.cache_AGK[pages].flatten(0, 1)[:tokens].float()
+        rows_AGK = data.cache_AGK[pages]
+        rows_AGK = unpack(rows_AGK, width) if rows_AGK.dtype == torch.uint8 else rows_AGK.float()
+        row_SK = rows_AGK.flatten(0, 1)[:tokens]
         score_NQS = torch.einsum("qnk,sk->nqs", data.q_BQNK[b].float(), row_SK) * data.scale
         position_S = torch.arange(tokens, device=row_SK.device)
         last_Q = tokens - query_len + torch.arange(query_len, device=row_SK.device)

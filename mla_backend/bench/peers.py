@@ -45,6 +45,7 @@ class PrefillInputs:
 
 def vllm_triton(data: DecodeInputs):
     """vLLM's TRITON_MLA: one query token a request."""
+    _need_one_scale(data)
     from vllm.v1.attention.backends.mla.triton_mla import _compute_num_kv_splits
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
@@ -83,6 +84,7 @@ def vllm_triton(data: DecodeInputs):
 
 def flashmla(data: DecodeInputs):
     """DeepSeek's FlashMLA, as vLLM ships it; its schedule is made by the first call and then reused."""
+    _need_one_scale(data)
     if data.cache_AGK.itemsize == 1:
         return _flashmla_fp8(data)
     from vllm.v1.attention.ops.flashmla import flash_mla_with_kvcache, get_mla_metadata
@@ -113,6 +115,11 @@ def _flashmla_fp8(data: DecodeInputs):
     return lambda: flash_mla_with_kvcache_fp8(
         q, rows, data.block_table_BM, data.seq_lens_B, data.latent, schedule, splits, data.scale, True, one, one
     )
+
+
+def _need_one_scale(data: DecodeInputs) -> None:
+    if data.cache_AGK.dtype == torch.uint8:
+        raise NotImplementedError("no tile-scaled caches in dense decode")
 
 
 def _need_16_bits(data: DecodeInputs) -> None:

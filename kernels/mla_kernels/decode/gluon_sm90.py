@@ -5,7 +5,7 @@
      rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
-     They are with an fp8 cache, too, in tiles of 16 query rows: four warps convert it to float16 (hopper_convert.py).
+     An fp8 cache is not copied but converted to float16 on its way, by one warpgroup or two (hopper_convert.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
 
 Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
+from mla_kernels.hopper_convert import convert_keys, unpack_keys
 from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
@@ -54,18 +55,22 @@ _FEW_ROWS = max(COLUMNS)
         "turn",
         "window",
     ],
-    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "seq_lens_ptr", "query_start_ptr", "plan_ptr", "lse_ptr", "scale_ptr"],
 )
 def _decode_kernel(
     k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table,
     q_latent_ptr, q_rope_ptr, stride8_ql_t, stride8_ql_n, stride8_qr_t, stride8_qr_n,
     seq_lens_ptr, query_start_ptr, query_len, batch, parts, scale_log2,
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
-    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, turn, window,
+    part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, SPLIT: gl.constexpr,
+    CODES: gl.constexpr, PACKED: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
+    CONVERT: gl.constexpr = CODES and not PACKED
+    WRITTEN: gl.constexpr = GATHER or CODES  # by threads, not TMA
+    # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
+    dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
 
     gdc_wait()  # for whoever wrote queries, cache or lengths
@@ -88,34 +93,53 @@ def _decode_kernel(
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    gl.warp_specialize(
-        [
-            (attend, (q, lse, plan, scale_log2, work, smem, N, R, RAGGED, GATHER, SPLIT)),
-            (accumulate, (out, work, smem, N, RAGGED, GATHER, SPLIT)),
-            (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
-        ],
-        [8, LOADER_WARPS],
-        [160, LOADER_REGS],
-    )
+    if CODES:
+        gl.warp_specialize(
+            [
+                (
+                    attend,
+                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT),
+                ),
+                (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
+                (unpack_keys if PACKED else convert_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
+            ],
+            [8, LOADER_WARPS],
+            [160, LOADER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    attend,
+                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT),
+                ),
+                (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
+                (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
+            ],
+            [8, LOADER_WARPS],
+            [160, LOADER_REGS],
+        )
 
 
-def _height(rows: int, codes: bool, fixed_splits: bool = False) -> int:
+def _height(rows: int, fixed_splits: bool = False) -> int:
     """Query rows of a tile."""
-    return columns_of(rows, codes) if codes or (rows <= _FEW_ROWS and not fixed_splits) else ROWS.value
+    return columns_of(rows) if rows <= _FEW_ROWS and not fixed_splits else ROWS.value
 
 
 def unsupported(problem, device: Device) -> list[str]:
     reasons = device_refusals(device)
     geometry, layout = problem.geometry, problem.layout
-    if problem.dtype not in (torch.bfloat16, torch.float16) or layout.format.dtype not in (problem.dtype, E4M3):
+    fp8 = layout.format.packed or layout.format.dtype == E4M3
+    if problem.dtype not in (torch.bfloat16, torch.float16) or not (fp8 or layout.format.dtype == problem.dtype):
         got = f"{problem.dtype} queries and {layout.format.name} cache"
         reasons.append(f"needs bfloat16 or float16 queries, and a cache of the same or fp8, got {got}")
-    if problem.split_tokens and layout.format.dtype == E4M3:
-        reasons.append(f"needs a 16-bit cache for fixed splits, got fp8 and splits of {problem.split_tokens} tokens")
+    if problem.split_tokens and fp8:
+        got = f"{layout.format.name} and splits of {problem.split_tokens} tokens"
+        reasons.append(f"needs a 16-bit cache for fixed splits, got {got}")
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
     rows = geometry.num_heads * problem.max_query_len
-    height = _height(rows, layout.format.dtype == E4M3)
+    height = _height(rows)
     if row_tiles(rows, height) > device.num_sms:
         reasons.append(f"needs heads x query tokens of {height * device.num_sms} or less, got {rows}")
     return reasons
@@ -131,9 +155,8 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
     if problem.split_tokens:
         most = heads * problem.max_query_len
         return shapes(reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), LATENT.value)
-    codes = problem.layout.format.dtype == E4M3
     calls = (heads * tokens for tokens in range(1, problem.max_query_len + 1))
-    return scratch_shapes(max(scratch_rows(rows, _height(rows, codes), device) for rows in calls), device)
+    return scratch_shapes(max(scratch_rows(rows, _height(rows), device) for rows in calls), device)
 
 
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
@@ -144,22 +167,24 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
         rows = query_len * problem.geometry.num_heads
         if problem.split_tokens:
             return (merge_columns(requests, rows, LATENT.value),)
-        height = _height(rows, problem.layout.format.dtype == E4M3)
+        height = _height(rows)
         return height, merge_form(requests, parts_of(rows, height, device), rows)
 
     return reaching_all(forms, max_requests, query_lens)
 
 
-def _decode_rows(prepared, rows: int, parts: int, part, part_lse, plan, *, turn=None, window=None, split=0) -> None:
+def _decode_rows(
+    prepared, rows: int, parts: int, part, part_lse, plan, cache_scale=None, *, turn=None, window=None, split=0
+) -> None:
     """Start the kernel whose queries are rows.  split: blocks of a fixed one; with it there are turns and no plan."""
-    gather, page = prepared.gather, prepared.constants["PAGE"]
+    gather, codes, page = prepared.gather, prepared.codes, prepared.constants["PAGE"]
     gather_registers = 40 if split else 32
+    loader_registers = 72 if codes else gather_registers if gather or page < BLOCK.value else 24
     launch(
         _decode_kernel, (row_tiles(rows, ROWS.value), parts),
-        *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, turn, window,
-        GATHER=gather, LOADER_WARPS=4 if gather else 1,
-        LOADER_REGS=gather_registers if gather or page < BLOCK.value else 24,
-        SPLIT=split, num_warps=4, launch_pdl=True, **prepared.constants,
+        *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
+        GATHER=gather, CODES=codes, PACKED=prepared.packed, SPLIT=split, **prepared.constants,
+        LOADER_WARPS=4 if gather or codes else 1, LOADER_REGS=loader_registers, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -189,7 +214,7 @@ def run(
         return out_TNL, lse_TN
     device, requests = prepared.device, len(seq_lens_B)
     rows = query_len * q_latent_TNL.shape[1]
-    height = _height(rows, prepared.codes, split_tokens is not None)
+    height = _height(rows, split_tokens is not None)
     parts = parts_of(rows, height, device)
     if split_tokens is None:
         needed = scratch_shapes(scratch_rows(rows, height, device), device)
@@ -197,7 +222,7 @@ def run(
         if height < ROWS.value:
             decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         else:
-            _decode_rows(prepared, rows, parts, part, part_lse, plan)
+            _decode_rows(prepared, rows, parts, part, part_lse, plan, cache_scale)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
             query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms,
