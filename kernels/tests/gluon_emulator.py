@@ -29,21 +29,6 @@ class Int(int):
         return self
 
 
-def _closed(name):
-    """What an int does, but of an Int."""
-    of_int = getattr(int, name)
-
-    def of_Int(*args):
-        result = of_int(*args)
-        return result if result is NotImplemented else Int(result)
-
-    return of_Int
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "neg"):
-    setattr(Int, f"__{_name}__", _closed(f"__{_name}__"))
-
-
 class Tensor(np.ndarray):
     type = SimpleNamespace(layout=None)
 

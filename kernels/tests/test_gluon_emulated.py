@@ -6,13 +6,14 @@ import torch
 from gluon_emulator import emulated
 
 import mla_kernels.primitives as primitives
+import mla_kernels.split_merge as split_merge
 import mla_kernels.splits as splits
 from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 MODULES = (
-    *("hopper", "tma", "schedule", "split_merge", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few"),
-    *("hopper_launch", "hopper_few_launch", "decode.gluon_sm90"),
+    *("hopper", "tma", "schedule", "hopper_load", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch"),
+    *("hopper_few_launch", "decode.gluon_sm90"),
 )
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)
@@ -22,12 +23,13 @@ HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where me
 def build(few_rows: int = 0, **edits):
     """few_rows: up to which products are transposed. Nowhere: test_gluon_few_emulated.py has those."""
     modules = dict(zip(MODULES, emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits), strict=True))
-    for roles in (modules["hopper_decode"], modules["hopper_few"], modules["split_merge"]):
+    for roles in (modules["hopper_decode"], modules["hopper_few"]):
         roles.LN_2 = primitives.LN_2.value
     launch, kernel = modules["hopper_launch"], modules["decode.gluon_sm90"]
     kernel._FEW_ROWS = few_rows
     launch.device_of = lambda tensor: GPU
     kernel.in_16_bytes = launch.in_16_bytes
+    kernel.merge_parts = lambda *args, **options: split_merge.merge_parts(*args, **options | {"overlap": False})
     kernel.merge_splits = lambda *args, **options: splits.merge_splits(*args, **options | HERE)
     return kernel
 

@@ -225,7 +225,7 @@ def run(
             _decode_rows(prepared, rows, parts, part, part_lse, plan, cache_scale)
         merge_parts(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
-            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms,
+            query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
         )  # fmt: skip
         return out_TNL, lse_TN
 
