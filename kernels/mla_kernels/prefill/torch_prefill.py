@@ -30,15 +30,17 @@ def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None, running):
     if running is not None:
         score_NMS = torch.cat([score_NMS, running[1][..., None].to(score_NMS.dtype)], -1)
     top_NM1 = score_NMS.amax(-1, keepdim=True)
-    top_NM1.masked_fill_(top_NM1 == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0
-    weight_NMS = score_NMS.sub_(top_NM1).exp_()
-    total_NM1 = weight_NMS.sum(-1, keepdim=True)
+    weight_NMS = score_NMS.softmax(-1)
+    lse_NM1 = top_NM1 - weight_NMS.amax(-1, keepdim=True).log()  # the largest weight is exp(top - lse)
+    if running is not None or (first_sees is not None and first_sees < 1):  # a query may see nothing: softmax is NaN
+        blind_NM1 = top_NM1 == -torch.inf
+        weight_NMS.masked_fill_(blind_NM1, 0.0)
+        lse_NM1.masked_fill_(blind_NM1, -torch.inf)
     out_NMV = torch.bmm(weight_NMS[..., : v_NSV.shape[1]], v_NSV)
     if running is not None:
         share_NM1 = weight_NMS[..., -1:]
         out_NMV += torch.where(share_NM1 > 0, running[0].to(out_NMV.dtype) * share_NM1, 0.0)
-    out_NMV /= total_NM1.clamp(min=1.0)  # 1 or more unless the query sees nothing
-    return out_NMV, (top_NM1 + total_NM1.log()).squeeze(-1)
+    return out_NMV, lse_NM1.squeeze(-1)
 
 
 def run(
