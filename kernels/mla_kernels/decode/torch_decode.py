@@ -124,13 +124,13 @@ def _attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden_DES):
         score_DENS = score_DQS.unflatten(1, (hidden_DES.shape[1], -1))
         score_DENS.masked_fill_(hidden_DES[:, :, None], -torch.inf)
     top_DQ1 = score_DQS.amax(-1, keepdim=True)
-    if hidden_DES is not None:
-        top_DQ1.masked_fill_(top_DQ1 == -torch.inf, 0.0)  # a query that sees nothing: exp(-inf - 0) = 0
-    weight_DQS = score_DQS.sub_(top_DQ1).exp_()
-    total_DQ1 = weight_DQS.sum(-1, keepdim=True)
-    out_DQL = exact_products(weight_DQS.to(row_DSK.dtype), row_DSK[..., :width])
-    out_DQL /= total_DQ1.clamp(min=1.0)
-    return out_DQL, (top_DQ1 + total_DQ1.log_()).squeeze(-1)
+    weight_DQS = score_DQS.softmax(-1)
+    lse_DQ1 = top_DQ1 - weight_DQS.amax(-1, keepdim=True).log_()  # the largest weight is exp(top - lse)
+    if hidden_DES is not None:  # a query may see nothing: softmax is NaN
+        blind_DQ1 = top_DQ1 == -torch.inf
+        weight_DQS.masked_fill_(blind_DQ1, 0.0)
+        lse_DQ1.masked_fill_(blind_DQ1, -torch.inf)
+    return exact_products(weight_DQS.to(row_DSK.dtype), row_DSK[..., :width]), lse_DQ1.squeeze(-1)
 
 
 def _pieces(requests: int, rows: int, keys: int) -> int:
