@@ -39,12 +39,14 @@ def test_vllms_kernels_answer_as_ours(quick, case, dtype):
     assert row["cpu_mla_us"] > 0
 
 
-def test_a_peer_that_is_wrong_has_no_time(quick, monkeypatch):
-    monkeypatch.setitem(cpu_peers.PEERS["decode"], "cpu_mla", lambda data: lambda: torch.zeros(3, 4, 512))
+@pytest.mark.parametrize(("value", "error"), [(0.0, "1.0e+00"), (torch.nan, "nan")])
+def test_a_peer_that_is_wrong_has_no_time(quick, monkeypatch, value, error):
+    answer = torch.full((3, 4, 512), value)
+    monkeypatch.setitem(cpu_peers.PEERS["decode"], "cpu_mla", lambda data: lambda: answer)
     refusals = []
     row = cpu.measure(DECODE, torch.float32, peers=("cpu_mla",), refused=lambda *said: refusals.append(said))
     assert "cpu_mla_us" not in row
-    assert refusals == [("cpu_mla", "its output is off by 1.0e+00 of the norm")]
+    assert refusals == [("cpu_mla", f"its output is off by {error} of the norm")]
 
 
 def test_our_wrong_answer_ends_it(quick, monkeypatch):

@@ -192,6 +192,7 @@ LEAVES = {
     "reference": ("geometry", "device", "cache_layout"),
     "primitives": ("geometry", "device", "cache_layout"),
     "packed_rows": ("cache_layout",),
+    "bfloat16": (),
     "flashinfer_calls": ("device",),
     "hopper": ("device",),
     "schedule": ("hopper",),

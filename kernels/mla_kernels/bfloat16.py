@@ -26,7 +26,7 @@ def exact_products(a_DXK, b_DKY):
     """Products of bfloat16 matrices as float32 [D, X, Y].
 
     PyTorch's, which are rounded, and what rounding took from them: a second product that starts at their negative.
-    That is at most 2^-9 of the first, and so is its own rounding of it.
+    That is at most 2^-9 of the first, and so is its own rounding of it. A product beyond float32's range is NaN.
     """
     rounded_DXY = torch.bmm(a_DXK, b_DKY)
     return torch.baddbmm(rounded_DXY, a_DXK, b_DKY, beta=-1).float().add_(rounded_DXY)

@@ -178,7 +178,7 @@ def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexp
         SPLIT, "=f,=f,r", [largest], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
     )  # fmt: skip
     of_row = gl.max(gl.maximum(low, high), 1)
-    power = gl.where(of_row > 0, gl.floor(gl.log2(of_row)), 0.0)
+    power = gl.maximum(gl.where(of_row > 0, gl.floor(gl.log2(of_row)), 0.0), -126.0)  # its inverse is finite
     shrink = gl.exp2(-power)
     for c in gl.static_range(LATENT // TILE):
         words = _words_of(q_s, c, F)

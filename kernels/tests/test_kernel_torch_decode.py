@@ -58,7 +58,14 @@ def test_rows_without_a_request(first):
     check(PagedCase(geometry=case.geometry, arrays=(*padded, *rest), options=options))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.fixture(params=[1, 3, 8], ids="{} threads".format)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("query_lens", [1, 3])
 @pytest.mark.parametrize("page_size", [1, 16, 48])
@@ -68,26 +75,35 @@ def test_long_requests_take_turns(monkeypatch, query_lens, dtype, threads, page_
     monkeypatch.setattr(torch_decode, "_AT_ONCE", 400 * 96 * dtype.itemsize)
     monkeypatch.setattr(torch_decode, "_FEW", 200)
     monkeypatch.setattr(torch_decode, "_PIECE", 16)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        lengths = [401, 385, 900, 1201, 37, 400]
-        check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype, page_size=page_size))
-    finally:
-        torch.set_num_threads(before)
+    lengths = [401, 385, 900, 1201, 37, 400]
+    check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype, page_size=page_size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("query_lens", [1, 2, [1, 2] * 12])
-def test_requests_of_like_length_go_together(monkeypatch, query_lens, dtype):
+def test_requests_of_like_length_go_together(monkeypatch, query_lens, dtype, threads):
     """In another order than theirs; each answer is its own."""
     monkeypatch.setattr(torch_decode, "_FEW", 100)
+    monkeypatch.setattr(torch_decode, "_PIECE", 16)
     groups = []
     split = torch_decode._groups
     monkeypatch.setattr(torch_decode, "_groups", lambda *args: groups.extend(split(*args)) or iter(list(groups)))
     lengths = [40 + (i * 7) % 24 for i in range(23)] + [500]
     check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype))
     assert 1 < len(groups) < len(lengths) / 2
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("lengths", [[450, 450], [449, 451, 450], [338, 1, 508]], ids=str)
+def test_groups_in_pieces(lengths, page_size, threads):
+    """Of a model's width, by as many pieces as a group of so few leaves threads for."""
+    check(make_decode(geometry(16, 512, 64), lengths, page_size=page_size))
+
+
+def test_a_table_that_is_too_short_is_refused():
+    latent, rope, cache, table, _ = make_decode(geometry(), [40, 7]).arrays
+    with pytest.raises(ValueError, match="50 cached tokens need 4 pages, got 3"):
+        torch_decode.run(latent, rope, cache, table[:, :3], torch.tensor([50, 7]), scale=1.0)
 
 
 def test_products_of_bfloat16_keep_what_rounding_takes():

@@ -11,7 +11,8 @@
 Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
 dependent launch). The first lets the second begin at once. The second lets the next kernel, another call's first for
 one, begin when it has itself stopped waiting: a kernel that is launched so has to wait, and any other begins when all
-is over.
+is over. It is taken for granted that the kernel ahead of ours, if launched so itself, has waited: ours waits for that
+one alone.
 
 The same bits for the same batch, always. In another batch a request has the same bits with `split_tokens` alone: then
 programs share fixed splits (splits.py), each of which is a piece, instead of blocks.

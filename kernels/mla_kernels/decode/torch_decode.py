@@ -10,6 +10,7 @@ With `split_tokens` each query token is by itself: a matrix product of other dim
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -126,10 +127,9 @@ def _attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden_DES):
     top_DQ1 = score_DQS.amax(-1, keepdim=True)
     weight_DQS = score_DQS.softmax(-1)
     lse_DQ1 = top_DQ1 - weight_DQS.amax(-1, keepdim=True).log_()  # the largest weight is exp(top - lse)
-    if hidden_DES is not None:  # a query may see nothing: softmax is NaN
-        blind_DQ1 = top_DQ1 == -torch.inf
-        weight_DQS.masked_fill_(blind_DQ1, 0.0)
-        lse_DQ1.masked_fill_(blind_DQ1, -torch.inf)
+    blind_DQ1 = top_DQ1 == -torch.inf  # sees nothing: softmax is NaN
+    weight_DQS.masked_fill_(blind_DQ1, 0.0)
+    lse_DQ1.masked_fill_(blind_DQ1, -torch.inf)
     return exact_products(weight_DQS.to(row_DSK.dtype), row_DSK[..., :width]), lse_DQ1.squeeze(-1)
 
 
@@ -144,6 +144,7 @@ def _attend(q_DQK, row_DSK, width: int, scale: float, hidden_DES, *, pieces: int
     """Softmax attention of every request over its rows, in so many pieces. Returns out_DQL and lse_DQ; L is `width`.
 
     Rows are values too, whole: PyTorch's attention wants keys and values of one width, and the rest is dropped.
+    Where all scores overflow to -inf, its LSE is not the reference's but finite.
     """
     requests, rows, values = q_DQK.shape
     k_X1SK = row_DSK.reshape(requests * pieces, 1, -1, values)
@@ -199,7 +200,7 @@ def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale
     for first in range(0, group[-1].seq_len, turn):
         lengths = [min(turn, one.seq_len - first) for one in group]
         pieces = 1 if fast else _pieces(requests, rows, lengths[-1])
-        unit = _unit(lengths[-1], page_size) if fast else pieces if requests == 1 else page_size
+        unit = _unit(lengths[-1], page_size) if fast else pieces if requests == 1 else math.lcm(page_size, pieces)
         keys = -(-lengths[-1] // unit) * unit
         row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, dtype, cache_scale)
         attend = _attend_bfloat16 if fast else functools.partial(_attend, pieces=pieces)
@@ -288,6 +289,11 @@ def run(
         for b, seq_len in enumerate(seq_lens_B.tolist())
         if seq_len > 0 and start[b + 1] > start[b]
     ]
+    longest = max((one.seq_len for one in requests), default=0)
+    if longest > block_table_BM.shape[1] * page_size:
+        raise ValueError(
+            f"{longest} cached tokens need {-(-longest // page_size)} pages, got {block_table_BM.shape[1]}"
+        )
     if sum(one.tokens for one in requests) < tokens:  # some belong to nobody, or see nothing
         out_TNL.zero_()
         lse_TN.fill_(-torch.inf)

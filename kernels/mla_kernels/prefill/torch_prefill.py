@@ -32,8 +32,8 @@ def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None, running):
     top_NM1 = score_NMS.amax(-1, keepdim=True)
     weight_NMS = score_NMS.softmax(-1)
     lse_NM1 = top_NM1 - weight_NMS.amax(-1, keepdim=True).log()  # the largest weight is exp(top - lse)
-    if running is not None or (first_sees is not None and first_sees < 1):  # a query may see nothing: softmax is NaN
-        blind_NM1 = top_NM1 == -torch.inf
+    blind_NM1 = top_NM1 == -torch.inf
+    if blind_NM1.any():  # a query that sees nothing: softmax is NaN
         weight_NMS.masked_fill_(blind_NM1, 0.0)
         lse_NM1.masked_fill_(blind_NM1, -torch.inf)
     out_NMV = torch.bmm(weight_NMS[..., : v_NSV.shape[1]], v_NSV)
