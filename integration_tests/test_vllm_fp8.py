@@ -34,35 +34,35 @@ def test_uneven_batch(engine, checkpoints, oracle, kernels, name, lengths):
 def test_chunked_prefill_and_prefix_cache(engine, checkpoints, kernels):
     """A prompt is prefilled in pieces, each over the cache of those before; again, all but the last are there. The last
     is short enough for latent space."""
-    folder, batch = checkpoints(), prompts((248,))
+    folder, batch = checkpoints(), prompts((312,))
     run = engine(
         folder,
         [batch, batch],
         kernels=kernels,
         kv_cache_dtype="fp8",
         max_tokens=4,
-        max_num_batched_tokens=120,
+        max_num_batched_tokens=152,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=16,
     )
-    wanted = generate_fp8(folder, batch, 4, pieces=(120, 120), most_in_latent_space=8)
+    wanted = generate_fp8(folder, batch, 4, pieces=(152, 152), most_in_latent_space=8)
     for answers in run.rounds:
         assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
-    assert run.rounds[1][0]["cached"] == 240
+    assert run.rounds[1][0]["cached"] == 304
     assert "cache_gather" in {call.split(":")[0] for call in run.calls}
 
 
 def test_tile_scaled_rows(engine, checkpoints, oracle):
     """An uneven batch, then a prompt in pieces, the last in latent space, then again, the first two from the cache."""
-    folder, batch, long = checkpoints(), prompts((2, 17, 40)), prompts((248,))
+    folder, batch, long = checkpoints(), prompts((2, 17, 40)), prompts((312,))
     run = engine(
         folder,
         [batch, long, long],
         kernels="triton",
         kv_cache_dtype="fp8_ds_mla",
         max_tokens=4,
-        max_num_batched_tokens=120,
+        max_num_batched_tokens=152,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=16,
@@ -73,10 +73,10 @@ def test_tile_scaled_rows(engine, checkpoints, oracle):
     for other in (oracle(folder, batch, 4), generate_fp8(folder, batch, 4)):
         with pytest.raises(AssertionError):
             assert_same_answers(run.rounds[0], other, tolerance=FP8_TOLERANCE)
-    wanted = generate_fp8(folder, long, 4, pieces=(120, 120), most_in_latent_space=8, rounded=tile_scaled)
+    wanted = generate_fp8(folder, long, 4, pieces=(152, 152), most_in_latent_space=8, rounded=tile_scaled)
     for answers in run.rounds[1:]:
         assert_same_answers(answers, wanted, tolerance=FP8_TOLERANCE)
-    assert run.rounds[2][0]["cached"] == 240
+    assert run.rounds[2][0]["cached"] == 304
     assert {call.split(":")[0] for call in run.calls} == {"cache_write", "cache_gather", "prefill", "decode"}
 
 

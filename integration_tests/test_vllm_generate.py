@@ -59,14 +59,14 @@ def test_start_up_line_says_what_runs_and_why(engine, checkpoints):
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_chunked_prefill_and_prefix_cache(engine, checkpoints, oracle, kernels):
     """A prompt prefilled in pieces reads its own cached context; the same prompt again reads cached pages. Pieces of
-    120 tokens behind as many are expanded, behind more they and shorter ones attend in latent space."""
+    152 tokens behind as many are expanded, behind more they and shorter ones attend in latent space."""
     folder = checkpoints()
-    batch = prompts((240, 33, 2) if kernels == "triton" else (400, 129, 33, 2))
+    batch = prompts((304, 33, 2) if kernels == "triton" else (500, 129, 33, 2))
     run = engine(
         folder,
         [batch, batch],
         kernels=kernels,
-        max_num_batched_tokens=120,
+        max_num_batched_tokens=152,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=16,
@@ -123,12 +123,12 @@ def test_context_of_several_chunks(engine, checkpoints, oracle):
     """More cached context in one step than half of vLLM's workspace (eight requests of full length) holds at once."""
     folder = checkpoints()
     context = prompts((129,) * 10)
-    longer = [p + q for p, q in zip(context, prompts((120,) * 10, seed=1), strict=True)]
+    longer = [p + q for p, q in zip(context, prompts((150,) * 10, seed=1), strict=True)]
     run = engine(
         folder,
         [context, longer],
         max_tokens=2,
-        max_model_len=256,
+        max_model_len=288,
         max_num_seqs=10,
         max_num_batched_tokens=2048,
         block_size=16,
