@@ -94,9 +94,9 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
     row_DSK = page_XGK.reshape(len(length_D), -1, values)[:, :rows].to(dtype)
     if cache_scale is not None:
         row_DSK *= cache_scale
-    for row_SK, length in zip(row_DSK, length_D, strict=True):
+    for d, length in enumerate(length_D):
         if length < rows:
-            row_SK[length:] = 0
+            row_DSK[d, length:] = 0
     return row_DSK
 
 
