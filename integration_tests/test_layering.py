@@ -204,8 +204,9 @@ LEAVES = {
     "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
     "hopper_convert": ("hopper", "hopper_load", "schedule"),
-    "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
-    "hopper_few": ("hopper", "hopper_decode", "hopper_load", "primitives", "schedule"),
+    "hopper_shrink": ("hopper", "hopper_load"),
+    "hopper_decode": ("hopper", "hopper_load", "hopper_shrink", "primitives", "schedule"),
+    "hopper_few": ("hopper", "hopper_decode", "hopper_load", "hopper_shrink", "primitives", "schedule"),
     "hopper_few_launch": (
         *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
         "schedule",

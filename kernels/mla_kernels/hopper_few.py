@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import SWIZZLED, barrier, cp_async, reinterpret, ring
-from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, shrink_q, wait_for_values, write_plan
+from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, wait_for_values, write_plan
 from mla_kernels.hopper_load import HALF, LATENT, TILE
+from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, piece
 
