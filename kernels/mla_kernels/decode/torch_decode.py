@@ -189,12 +189,10 @@ def _at(numbers: list[int]):
 
 
 def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale: float, cache_scale, most: int):
-    """out_DQL and lse_DQ of a group. A request that is one by itself may take several turns, of at most `most` rows."""
+    """out_DQL and lse_DQ of a group, whose rows are copied in the dtype of its queries. A request that is one by itself
+    may take several turns, of at most `most` rows."""
     page_size, tokens, (requests, rows, values) = cache_AGK.shape[1], group[0].tokens, q_DQK.shape
-    as_it_is = multiplies_bfloat16(q_DQK.dtype, cache_AGK.dtype)
-    fast = as_it_is and requests * group[-1].seq_len >= _FEW
-    dtype = q_DQK.dtype if as_it_is else torch.promote_types(q_DQK.dtype, torch.float32)
-    q_DQK = q_DQK.to(dtype)
+    fast = q_DQK.dtype == torch.bfloat16 and requests * group[-1].seq_len >= _FEW
     turn = max(1, most // page_size) * page_size
     parts = []
     for first in range(0, group[-1].seq_len, turn):
@@ -202,7 +200,7 @@ def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale
         pieces = 1 if fast else _pieces(requests, rows, lengths[-1])
         unit = _unit(lengths[-1], page_size) if fast else pieces if requests == 1 else math.lcm(page_size, pieces)
         keys = -(-lengths[-1] // unit) * unit
-        row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, dtype, cache_scale)
+        row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, q_DQK.dtype, cache_scale)
         attend = _attend_bfloat16 if fast else functools.partial(_attend, pieces=pieces)
         hidden_DES = _hidden([one.seq_len - first for one in group], lengths, tokens, keys)
         parts.append(attend(q_DQK, row_DSK, width, scale, hidden_DES))
@@ -306,8 +304,8 @@ def run(
             (row_SK,) = _rows(cache_AGK, table_1M, [one.seq_len], 0, one.seq_len, q_TNK.shape[-1], acc, cache_scale)
             out_TNL[mine], lse_TN[mine] = _attend_in_splits(q_ENK, row_SK, width, scale, split_tokens)
         return out_TNL, lse_TN
-    copied = q_TNK if multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype) else q_TNK.new_empty(0, dtype=acc)
-    most = _AT_ONCE // (q_TNK.shape[-1] * copied.itemsize)
+    q_TNK = q_TNK if multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype) else q_TNK.to(acc)
+    most = _AT_ONCE // (q_TNK.shape[-1] * q_TNK.itemsize)
     for group in _groups(requests, page_size, most):
         mine = _at([token for one in group for token in range(one.first, one.first + one.tokens)])
         q_DQK = q_TNK[mine].view(len(group), -1, q_TNK.shape[-1])
