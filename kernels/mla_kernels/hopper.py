@@ -34,7 +34,8 @@ def device_refusals(device: Device) -> list[str]:
 
 
 SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-# The same buffers as words of two values: the same bytes.
+# Of values of 8 bits, and the same buffers as words of 32: the same bytes.
+SWIZZLED_CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 SWIZZLED_WORDS = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 
 
@@ -48,11 +49,15 @@ def uniform(x):
 
 
 @gluon.jit
-def ring(position):
-    """(buffer, phase parity, zero) of the position-th use of two buffers.
+def ring(position, COUNT: gl.constexpr = 2):
+    """(buffer, phase parity, zero) of the position-th use of COUNT buffers.
 
     The zero is one that the compiler cannot see. Where it indexes a buffer that never changes, descriptors of that
     buffer are computed beside the instruction that takes them, not ahead of the loop, which has no registers for them.
     """
     position = uniform(position)
-    return position & 1, (position >> 1) & 1, position >> 30
+    if COUNT == 2:
+        buffer, turn = position & 1, position >> 1
+    else:
+        buffer, turn = position % COUNT, position // COUNT
+    return buffer, turn & 1, position >> 30

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, barrier, cp_async, reinterpret, ring
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, cp_async, reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.primitives import LN_2
@@ -61,32 +61,37 @@ class Shared(NamedTuple):
 
 @gluon.jit
 def allocate(
-    dtype: gl.constexpr, QUERIES: gl.constexpr, WEIGHT: gl.constexpr, WEIGHT_LAY: gl.constexpr, GATHER: gl.constexpr
-):
+    dtype: gl.constexpr, QUERIES: gl.constexpr, WEIGHT: gl.constexpr, WEIGHT_LAY: gl.constexpr, GATHER: gl.constexpr,
+    STAGES: gl.constexpr = 2, CODES: gl.constexpr = 0,
+):  # fmt: skip
     """Shared memory with its barriers ready: (Shared, latent part of QUERIES queries in two halves, rotary part).
 
     WEIGHT, WEIGHT_LAY: rows and columns of a block's weights, and their layout.  GATHER: every thread of the loader
-    says of its own rows that they are there.
+    says of its own rows that they are there.  CODES: blocks of a step of an fp8 cache (hopper_codes.py), where
+    `attend`, too, says when it has read them; 0 for 16-bit keys.
     """
+    KEYS: gl.constexpr = max(CODES, 1) * BLOCK
+    key_type: gl.constexpr = gl.int8 if CODES else dtype
+    key_lay: gl.constexpr = SWIZZLED_CODES if CODES else SWIZZLED
     bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
     row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], SWIZZLED)
-    rope_s = gl.allocate_shared_memory(dtype, [2, BLOCK, TILE], SWIZZLED)
+    k_s = gl.allocate_shared_memory(key_type, [2 * STAGES, KEYS, HALF], key_lay)
+    rope_s = gl.allocate_shared_memory(key_type, [STAGES, KEYS, 2 * TILE if CODES else TILE], key_lay)
     q_s = gl.allocate_shared_memory(dtype, [2, QUERIES, HALF], SWIZZLED)
     q_rope_s = gl.allocate_shared_memory(dtype, [QUERIES, TILE], SWIZZLED)
     weight_s = gl.allocate_shared_memory(dtype, WEIGHT, WEIGHT_LAY)
     factor_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
     last_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
     grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
-    k_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
     weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
     weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
     last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
     last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    for d in gl.static_range(4):
+    for d in gl.static_range(2 * STAGES):
         mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
-        mbarrier.init(k_empty.index(d), count=1)
+        mbarrier.init(k_empty.index(d), count=2 if CODES else 1)
     mbarrier.init(weight_full, count=1)
     mbarrier.init(weight_empty, count=1)
     mbarrier.init(last_full, count=1)
@@ -237,12 +242,12 @@ def _attend_piece(
 @gluon.jit
 def attend(
     q, lse, plan, scale_log2, scale_ptr, work, smem,
-    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr,
-    CONVERT: gl.constexpr, SPLIT: gl.constexpr,
+    N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, PACKED: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16.
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE.
 
-    CODES: the cache is fp8, so that registers are few.
+    PACKED: rows of the cache are unpacked, so that registers are few.
     """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     shared, lengths = work
@@ -261,23 +266,17 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
-            raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, ROWS, HALF], SWIZZLED)
-            raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [ROWS, TILE], SWIZZLED)
             for half in gl.static_range(2):
-                _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
+                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
             if R > 0:
-                _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
+                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
             async_copy.commit_group()
             async_copy.wait_group(0)
             factor = scale_log2 * cache_scale
             rows_factor = factor
-            if CONVERT:
-                power = shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, ROWS, R)
-                factor = factor * gl.convert_layout(power, row_lay)
-                rows_factor = factor[:, None]
             fence_async_shared()
             barrier()
-            q_rope = q_rope_s if CODES else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
+            q_rope = q_rope_s if PACKED else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
             all_see = seq_len - tokens + 1
             sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
             if SPLIT > 0:

@@ -20,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, barrier, cp_async, reinterpret, ring
+from mla_kernels.hopper import SWIZZLED, barrier, reinterpret, ring, uniform
+from mla_kernels.hopper_codes import scores as scores_of_codes
+from mla_kernels.hopper_columns import copy_q, store
 from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, wait_for_values, write_plan
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.hopper_shrink import shrink_q
@@ -29,29 +31,9 @@ from mla_kernels.schedule import BLOCK, piece
 
 
 @gluon.jit
-def _copy_q(target, q_ptr, strides8, token, row0, rows, column, N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr):
-    """Start copying columns column .. column + WIDTH - 1 of the query rows."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
-    i = gl.arange(0, F, gl.SliceLayout(1, lay))
-    r = token * N + row0 + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
-
-
-@gluon.jit
-def _attend_block(
-    b, top, total, block, sees, all_see, scale_log2, columns_scale, q_s, q_rope_s, smem,
-    F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr,
-):  # fmt: skip
-    """Scores and softmax weights of block `b`. Returns the queries' references, and sums of weights that no thread has
-    added to another's yet: [64, F].
-
-    scale_log2, columns_scale: one factor of all scores, twice, or one for each query, as [F] and [1, F].
-    The reference may lag behind the largest score by LAZY, as in hopper_decode.py.
-    """
+def _scores(block, q_s, q_rope_s, smem, F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr):
+    """Keys of the block times queries, [64 keys, F queries], without any scale."""
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
-    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     s = gl.zeros([BLOCK, F], gl.float32, s_lay)
     stage, phase, zero = ring(block)
     for half in gl.static_range(2):
@@ -62,38 +44,83 @@ def _attend_block(
         s = warpgroup_mma(keys, q_s.index(zero + half).permute((1, 0)), s, use_acc=half > 0, is_async=True)
     if R > 0:
         s = warpgroup_mma(smem.k_rope.index(stage), q_rope_s.permute((1, 0)), s, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    if (b + 1) * BLOCK > all_see:
-        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, s_lay))
+    return warpgroup_mma_wait(0, deps=[s])
+
+
+@gluon.jit
+def _sums(x, KEYS: gl.constexpr, F: gl.constexpr):
+    """Sums of a [KEYS, F] tile's columns as far as a thread adds alone: nowhere, or if columns are many its two rows."""
+    if F == 64:
+        sums = gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1)
+    else:
+        sums = x.reshape([1, KEYS, F])
+    return sums
+
+
+@gluon.jit
+def _attend_block(
+    b, begin, top, total, block, seen, row0, scale_log2, q_s, q_rope_s, smem,
+    N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax weights of block `b`, or of the step from it on. Returns the queries' references, and sums of
+    weights that no thread has added to another's yet.
+
+    seen: (position of the request's first query token, end of the piece in tokens, tokens that all queries see).
+    The reference may lag behind the largest score by LAZY, as in hopper_decode.py.
+    """
+    KEYS: gl.constexpr = max(CODES, 1) * BLOCK
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [KEYS // 16, 1], [16, F, 16])
+    flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [KEYS // 16], [0])
+    if CODES > 0:
+        s = scores_of_codes(block, q_s, q_rope_s, smem, KEYS, F, R, STAGES)
+    else:
+        s = _scores(block, q_s, q_rope_s, smem, F, R, GATHER)
+    first_query, known, all_see = seen
+    if b * BLOCK + KEYS > all_see:
+        position = b * BLOCK + gl.arange(0, KEYS, gl.SliceLayout(1, s_lay))
+        # Computed here, from a zero that the compiler cannot see: the loop has no registers for it.
+        row = row0 + (uniform(block) >> 30) + gl.arange(0, F, gl.SliceLayout(0, s_lay))
+        sees = gl.minimum(first_query + row // N, known - 1)  # position of the last key that the query may see
         s = gl.where(position[:, None] <= sees[None, :], s, float("-inf"))
-    high = gl.max(s, 0) * scale_log2
-    grows = high > top + LAZY
-    new_top = gl.where(grows, high, top)
-    rescale = gl.exp2(top - new_top)
-    grew = gl.max(grows.to(gl.int32), 0)
-    weight = gl.exp2(s * columns_scale - new_top[None, :])
+    above = gl.fma(s, scale_log2, -top[None, :])
+    weight = gl.exp2(above)
+    grew = 1
+    if b > begin:
+        grew = gl.max((above > LAZY).to(gl.int32).reshape([KEYS * F]), 0)
     mbarrier.wait(smem.weight_empty, (block & 1) ^ 1)
+    if grew > 0:
+        high = gl.max(s, 0) * scale_log2
+        new_top = gl.where(high > top + LAZY, high, top)
+        rescale = gl.exp2(top - new_top)
+        weight = gl.exp2(gl.fma(s, scale_log2, -new_top[None, :]))
+        smem.factor.store(rescale)
+        rescale = gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))
+        total = total * rescale[None, None, :]
+        top = new_top
     smem.weight.store(weight.to(smem.weight.dtype))
-    smem.factor.store(rescale)
     smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
     fence_async_shared()
     mbarrier.arrive(smem.weight_full, count=1)
-    return new_top, total * rescale[None, :] + weight
+    return top, total + _sums(weight, KEYS, F)
 
 
 @gluon.jit
 def attend(
     q, lse, plan, scale_log2, scale_ptr, work, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    CONVERT: gl.constexpr,
+    CODES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: scores, online softmax, weights for the others, and the LSE. With CONVERT all in float16."""
+    """One warpgroup: scores, online softmax, weights for the others, and the LSE.
+
+    CODES: blocks of a step, with a warpgroup for each, of an fp8 cache; all is in float16 then. 0 for any other.
+    """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
     write_plan(plan, shared)
     row0 = gl.program_id(0) * F
-    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F, 16])
+    STEP: gl.constexpr = max(CODES, 1)
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * STEP, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
     i = gl.arange(0, F, query_lay)
     cache_scale = scale_of(scale_ptr)
@@ -107,29 +134,27 @@ def attend(
             raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, F, HALF], SWIZZLED)
             raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [F, TILE], SWIZZLED)
             for half in gl.static_range(2):
-                _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF)
+                copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, 4 * STEP)
             if R > 0:
-                _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE)
+                copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE, 4 * STEP)
             async_copy.commit_group()
             async_copy.wait_group(0)
             factor = scale_log2 * cache_scale
-            columns_factor = factor
-            if CONVERT:
-                power = shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, F, R)
-                factor = factor * gl.convert_layout(power, query_lay)
-                columns_factor = factor[None, :]
+            if CODES > 0:
+                factor *= shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, F, R, 4 * STEP)
             fence_async_shared()
             barrier()
-            all_see = seq_len - tokens + 1
-            sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
+            known = gl.minimum(seq_len, end * BLOCK)  # what is behind a piece is another part's
+            seen = (seq_len - tokens, known, gl.minimum(seq_len - tokens + 1, known))
             top = gl.full([F], NOTHING, gl.float32, query_lay)
-            total = gl.zeros([BLOCK, F], gl.float32, s_lay)
-            for b in range(begin, end):
+            total = _sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F)
+            for b in range(begin, end, STEP):
                 top, total = _attend_block(
-                    b, top, total, block, sees, all_see, factor, columns_factor, q_s, q_rope_s, smem, F, R, GATHER
-                )
+                    b, begin, top, total, block, seen, row0, factor, q_s, q_rope_s, smem,
+                    N, F, R, GATHER, CODES, STAGES,
+                )  # fmt: skip
                 block += 1
-            sum_of_query = gl.sum(total, 0)
+            sum_of_query = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), query_lay)
             safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
             mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
             smem.last.store(cache_scale / safe)
@@ -158,20 +183,6 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
     acc0 = warpgroup_mma(smem.k.index(2 * stage).permute((1, 0)), smem.weight, acc0, is_async=True)
     acc1 = warpgroup_mma(smem.k.index(2 * stage + 1).permute((1, 0)), smem.weight, acc1, is_async=True)
     return release_values(acc0, acc1, stage, smem)
-
-
-@gluon.jit
-def _store(
-    acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr, IN_16_BYTES: gl.constexpr
-):  # fmt: skip
-    """Write a [256, F] accumulator's columns that are queries, 16 bytes a thread: a warp fills whole sectors of the
-    target's rows. Row r of the target is token + r // N and head r % N."""
-    lay: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
-    i = gl.arange(0, F, gl.SliceLayout(0, lay))
-    r = token * N + row0 + i
-    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
-    pointer = ptr + at_row[None, :] + gl.arange(0, HALF, gl.SliceLayout(1, lay))[:, None]
-    gl.store(pointer, gl.convert_layout(acc, lay).to(ptr.dtype.element_ty), mask=(i < rows)[None, :])
 
 
 @gluon.jit
@@ -204,8 +215,8 @@ def accumulate(
             acc0 = acc0 * last
             acc1 = acc1 * last
             if slot < 0:
-                _store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
-                _store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+                store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+                store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
             else:
-                _store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
-                _store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+                store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+                store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
-from mla_kernels.hopper_convert import convert_keys, unpack_keys
+from mla_kernels.hopper_convert import unpack_keys
 from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
@@ -33,15 +33,12 @@ def _decode_few_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-    GATHER: gl.constexpr, CONVERTERS: gl.constexpr, PACKED: gl.constexpr,
+    GATHER: gl.constexpr, CONVERTERS: gl.constexpr,
     LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
-    CONVERT: gl.constexpr = CONVERTERS > 0 and not PACKED
     WRITTEN: gl.constexpr = GATHER or CONVERTERS > 0  # by threads, not TMA
-    # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
-    dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
-    smem, q_s, q_rope_s = allocate(dtype, F, [BLOCK, F], weight_lay, GATHER)
+    smem, q_s, q_rope_s = allocate(q_latent_ptr.dtype.element_ty, F, [BLOCK, F], weight_lay, GATHER)
 
     gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
@@ -60,10 +57,10 @@ def _decode_few_kernel(
     if CONVERTERS == 2:
         gl.warp_specialize(
             [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2)),
                 (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
-                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
-                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
+                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
+                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
             ],
             [8, 4, 4],
             [ADDER_REGS, LOADER_REGS, LOADER_REGS],
@@ -71,9 +68,9 @@ def _decode_few_kernel(
     elif CONVERTERS == 1:
         gl.warp_specialize(
             [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2)),
                 (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
-                (unpack_keys if PACKED else convert_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
+                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
             ],
             [8, 4],
             [ADDER_REGS, LOADER_REGS],
@@ -81,7 +78,7 @@ def _decode_few_kernel(
     else:
         gl.warp_specialize(
             [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, CONVERT)),
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2)),
                 (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN)),
                 (gather_keys if GATHER else load_keys, (cache, work, smem, N, R, PAGE, RAGGED, F)),
             ],
@@ -107,10 +104,8 @@ class Roles(NamedTuple):
 
 
 def roles_of(prepared, columns: int) -> Roles:
-    if prepared.codes:
-        if columns == 16:
-            return Roles(2, 4, 88 if prepared.packed else 80, 80)
-        return Roles(1, 4, 88, 128)
+    if prepared.packed:
+        return Roles(2, 4, 88, 80) if columns == 16 else Roles(1, 4, 88, 128)
     if prepared.gather:
         return Roles(0, 4, 56, 136)
     if columns == 16:
@@ -128,7 +123,7 @@ def decode_few(prepared, rows: int, columns: int, parts: int, part, part_lse, pl
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
-        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, PACKED=prepared.packed, **prepared.constants,
+        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, **prepared.constants,
         LOADER_WARPS=roles.loader_warps, LOADER_REGS=roles.loader_registers, ADDER_REGS=roles.adder_registers,
         num_warps=4, launch_pdl=True, **({"maxnreg": roles.registers} if roles.registers < 128 else {}),
     )  # fmt: skip

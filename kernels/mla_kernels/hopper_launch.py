@@ -6,7 +6,7 @@ import torch
 
 from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper_load import LATENT, TILE
+from mla_kernels.hopper_load import LATENT
 from mla_kernels.primitives import E4M3, LOG2_E, cdiv, decode_outputs, require_adjacent
 from mla_kernels.schedule import BLOCK
 from mla_kernels.split_merge import plan_size
@@ -50,7 +50,7 @@ def _describe(cache_AGK: torch.Tensor, stride_page: int):
         return None, 0
     page_rows = stride_page // stride_token
     rows = (pages - 1) * page_rows + page_size
-    box = (min(page_size, BLOCK.value), TILE.value)
+    box = (min(page_size, BLOCK.value), 128 // cache_AGK.itemsize)
     return describe(cache_AGK.data_ptr(), cache_AGK.dtype, (rows, width), stride_token, box), page_rows
 
 
@@ -90,7 +90,8 @@ def prepare_launch(
     if cache_AGK.data_ptr() % 16 or stride_page % in_16 or cache_AGK.stride(1) % in_16:
         raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
     empty = B == 0 or T == 0
-    k_desc, page_rows = (None, 0) if codes or empty else _describe(cache_AGK, stride_page)
+    memory = cache_AGK.view(torch.int32 if packed else torch.int8) if codes else cache_AGK
+    k_desc, page_rows = (None, 0) if packed or empty else _describe(memory, stride_page)
     q_latent, q_rope = in_16_bytes(q_latent_TNL), in_16_bytes(q_rope_TNR)
     return Launch(
         outputs=outputs,
@@ -98,9 +99,9 @@ def prepare_launch(
         device=device_of(cache_AGK),
         codes=codes,
         packed=packed,
-        gather=k_desc is None and not codes,
+        gather=k_desc is None and not packed,
         before_parts=(
-            k_desc, page_rows, cache_AGK.view(torch.int32) if codes else cache_AGK,
+            k_desc, page_rows, memory,
             stride_page // in_16, cache_AGK.stride(1) // in_16, block_table_BM, block_table_BM.stride(0),
             q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
             seq_lens_B, query_start_B1 if ragged else seq_lens_B,  # not read when all have query_len tokens

@@ -38,20 +38,27 @@ def _larger(largest, words, MAX: gl.constexpr):
 
 @gluon.jit
 def _shrunk(words, shrink, SHRINK: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        SHRINK, "=r,r,f", [words, shrink[:, None]], dtype=gl.int32, is_pure=True, pack=1
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(SHRINK, "=r,r,f", [words, shrink], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexpr):
-    """Make float16 of query rows of `dtype` that are in their buffers, each divided by a power of two that brings its
-    largest value to 1 or 2: float16 ends at 65504, and below 2^-14 it loses bits. Returns these powers.
+def _in_order_of_keys(words, F: gl.constexpr):
+    """Words of 64 columns in the order that hopper_codes.py gives those of keys: of eight, 2 t + h becomes 4 h + t."""
+    return words.reshape([F, TILE // 16, 4, 2]).permute((0, 1, 3, 2)).reshape([F, TILE // 2])
+
+
+@gluon.jit
+def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexpr, WARPS: gl.constexpr):
+    """Make float16 of query rows of `dtype` that are in their buffers, divided by a power of two that brings the
+    largest value to 256 or more and below 512, and their columns in the order of keys'. Returns that power.
+
+    float16 ends at 65504, and what is below 2^-14 loses bits: of rows so much smaller than the largest, by 2^-33 of
+    that one's values.
     """
     MAX: gl.constexpr = MAX_FLOAT16 if dtype == gl.float16 else MAX_BFLOAT16
     SPLIT: gl.constexpr = SPLIT_FLOAT16 if dtype == gl.float16 else SPLIT_BFLOAT16
     SHRINK: gl.constexpr = SHRINK_FLOAT16 if dtype == gl.float16 else SHRINK_BFLOAT16
-    lay: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    lay: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS, 1], [1, 0])
     rope = reinterpret(q_rope_s, gl.int32, [F, TILE // 2], SWIZZLED_WORDS)
     largest = gl.zeros([F, TILE // 2], gl.int32, lay)
     for c in gl.static_range(LATENT // TILE):
@@ -61,12 +68,12 @@ def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexp
     low, high = gl.inline_asm_elementwise(
         SPLIT, "=f,=f,r", [largest], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
     )  # fmt: skip
-    of_row = gl.max(gl.maximum(low, high), 1)
-    power = gl.maximum(gl.where(of_row > 0, gl.floor(gl.log2(of_row)), 0.0), -126.0)  # its inverse is finite
+    of_all = gl.max(gl.max(gl.maximum(low, high), 1), 0)
+    power = gl.maximum(gl.where(of_all > 0, gl.floor(gl.log2(of_all)) - 8, 0.0), -126.0)  # its inverse is finite
     shrink = gl.exp2(-power)
     for c in gl.static_range(LATENT // TILE):
         words = _words_of(q_s, c, F)
-        words.store(_shrunk(words.load(lay), shrink, SHRINK))
+        words.store(_in_order_of_keys(_shrunk(words.load(lay), shrink, SHRINK), F))
     if R > 0:
-        rope.store(_shrunk(rope.load(lay), shrink, SHRINK))
+        rope.store(_in_order_of_keys(_shrunk(rope.load(lay), shrink, SHRINK), F))
     return gl.exp2(power)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mla_kernels.hopper import SWIZZLED
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES
 
 
 class _Memory(NamedTuple):
@@ -25,4 +25,5 @@ def describe(address: int, dtype: torch.dtype, shape: tuple[int, int], row_strid
 
     Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes.
     """
-    return TensorDescriptor(_Memory(address, dtype), list(shape), [row_stride, 1], list(box), SWIZZLED.value)
+    layout = SWIZZLED_CODES if dtype.itemsize == 1 else SWIZZLED
+    return TensorDescriptor(_Memory(address, dtype), list(shape), [row_stride, 1], list(box), layout.value)

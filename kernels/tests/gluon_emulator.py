@@ -35,6 +35,9 @@ class Tensor(np.ndarray):
     def to(self, dtype, bitcast=False):
         return self.view(dtype) if bitcast else self.astype(dtype)
 
+    def permute(self, order):
+        return self.transpose(order)
+
 
 def _tensor(x):
     x = np.asarray(x)
@@ -85,7 +88,7 @@ class Memory:
     """A buffer in shared memory, or a view of one."""
 
     def __init__(self, array):
-        self.array, self.dtype = array, array.dtype
+        self.array, self.dtype, self.shape = array, array.dtype, array.shape
 
     def index(self, i):
         return Memory(self.array[i])
@@ -175,16 +178,18 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
 
 
 def warpgroup_mma_wait(num_outstanding, deps):
-    done = tuple(dep.result() for dep in deps)
+    done = tuple(dep.result() if isinstance(dep, Product) else dep for dep in deps)
     return done[0] if len(done) == 1 else done
 
 
 class TensorDescriptor:
     def __init__(self, base, shape, strides, box, layout):
         (rows, columns), (row_stride, _) = shape, strides
-        memory = (ctypes.c_uint16 * ((rows - 1) * row_stride + columns)).from_address(base.data_ptr())
-        whole = np.frombuffer(memory, np.float16)
-        self.array = np.lib.stride_tricks.as_strided(whole, shape, (2 * row_stride, 2))
+        dtype = np.dtype(np.int8 if base.dtype == torch.int8 else np.float16)
+        memory = (ctypes.c_uint8 * (((rows - 1) * row_stride + columns) * dtype.itemsize)).from_address(base.data_ptr())
+        whole = np.frombuffer(memory, dtype)
+        strides = (row_stride * dtype.itemsize, dtype.itemsize)
+        self.array = np.lib.stride_tricks.as_strided(whole, shape, strides)
         self.box, self.dtype = box, whole.dtype
 
     @classmethod
@@ -251,6 +256,12 @@ def _inline_asm(asm, constraints, args, **_):
         return _tensor(
             torch.maximum(*(x.abs().nan_to_num(0.0, posinf=torch.inf) for x in halves)).view(torch.int32).numpy()
         )
+    if "e4m3" in asm and words.dtype == torch.int8:
+        return _tensor(words.view(torch.float8_e4m3fn).half().numpy())
+    if "prmt" in asm:
+        values = words.view(torch.float8_e4m3fn).half().view(*words.shape, 4)
+        first = 0 if "0x5140" in asm else 2
+        return tuple(_tensor(values[..., first + i].numpy().copy()) for i in range(2))
     if "e4m3" in asm:
         values = words.view(torch.float8_e4m3fn).float()
         values = values * factor if "mul.f32" in asm else values
@@ -293,7 +304,7 @@ def _elementwise(function):
 
 
 gl = SimpleNamespace(
-    constexpr=constexpr, static_range=range, float16=np.float16, float32=np.float32, int32=np.int32, int64=np.int64,
+    constexpr=constexpr, static_range=range, float16=np.float16, float32=np.float32, int8=np.int8, int32=np.int32, int64=np.int64,
     NVMMASharedLayout=lambda **_: "shared", SwizzledSharedLayout=lambda *_: "shared", BlockedLayout=lambda *_: None,
     NVMMADistributedLayout=lambda *_: None, DistributedLinearLayout=lambda **_: None, SliceLayout=lambda *_: None,
     DotOperandLayout=lambda *_: None, arange=lambda begin, end, layout: _tensor(np.arange(begin, end, dtype=np.int32)),
@@ -310,6 +321,7 @@ gl = SimpleNamespace(
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
     bfloat16="none here", shared_memory_descriptor=Memory, inline_asm_elementwise=_inline_asm,
     join=lambda x, y: _tensor(np.stack([np.asarray(x), np.asarray(y)], -1)),
+    split=lambda x: (_tensor(x[..., 0].copy()), _tensor(x[..., 1].copy())),
 )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 MODULES = (
-    *("hopper", "tma", "schedule", "hopper_load", "hopper_convert", "hopper_shrink", "hopper_decode", "hopper_few"),
-    *("hopper_launch", "hopper_few_launch", "decode.gluon_sm90"),
+    *("hopper", "tma", "schedule", "hopper_load", "hopper_convert", "hopper_shrink", "hopper_decode"),
+    *("hopper_columns", "hopper_codes_load", "hopper_codes", "hopper_few", "hopper_launch", "hopper_few_launch"),
+    *("hopper_codes_launch", "decode.gluon_sm90"),
 )
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)

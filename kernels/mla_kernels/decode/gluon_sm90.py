@@ -25,7 +25,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
-from mla_kernels.hopper_convert import convert_keys, unpack_keys
+from mla_kernels.hopper_codes_launch import decode_codes
+from mla_kernels.hopper_convert import unpack_keys
 from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
@@ -65,14 +66,11 @@ def _decode_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    CODES: gl.constexpr, PACKED: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
+    PACKED: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
     SPLIT: gl.constexpr,
 ):  # fmt: skip
-    CONVERT: gl.constexpr = CODES and not PACKED
-    WRITTEN: gl.constexpr = GATHER or CODES  # by threads, not TMA
-    # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
-    dtype: gl.constexpr = gl.float16 if CONVERT else q_latent_ptr.dtype.element_ty
-    smem, q_s, q_rope_s = allocate(dtype, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
+    WRITTEN: gl.constexpr = GATHER or PACKED  # by threads, not TMA
+    smem, q_s, q_rope_s = allocate(q_latent_ptr.dtype.element_ty, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
 
     gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
@@ -94,15 +92,15 @@ def _decode_kernel(
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    if CODES:
+    if PACKED:
         gl.warp_specialize(
             [
                 (
                     attend,
-                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT),
+                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, PACKED, SPLIT),
                 ),
                 (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
-                (unpack_keys if PACKED else convert_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
+                (unpack_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
             ],
             [8, LOADER_WARPS],
             [160, LOADER_REGS],
@@ -112,7 +110,7 @@ def _decode_kernel(
             [
                 (
                     attend,
-                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, CODES, CONVERT, SPLIT),
+                    (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, PACKED, SPLIT),
                 ),
                 (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
                 (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
@@ -178,14 +176,14 @@ def _decode_rows(
     prepared, rows: int, parts: int, part, part_lse, plan, cache_scale=None, *, turn=None, window=None, split=0
 ) -> None:
     """Start the kernel whose queries are rows.  split: blocks of a fixed one; with it there are turns and no plan."""
-    gather, codes, page = prepared.gather, prepared.codes, prepared.constants["PAGE"]
+    gather, packed, page = prepared.gather, prepared.packed, prepared.constants["PAGE"]
     gather_registers = 40 if split else 32
-    loader_registers = 72 if codes else gather_registers if gather or page < BLOCK.value else 24
+    loader_registers = 72 if packed else gather_registers if gather or page < BLOCK.value else 24
     launch(
         _decode_kernel, (row_tiles(rows, ROWS.value), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
-        GATHER=gather, CODES=codes, PACKED=prepared.packed, SPLIT=split, **prepared.constants,
-        LOADER_WARPS=4 if gather or codes else 1, LOADER_REGS=loader_registers, num_warps=4, launch_pdl=True,
+        GATHER=gather, PACKED=packed, SPLIT=split, **prepared.constants,
+        LOADER_WARPS=4 if gather or packed else 1, LOADER_REGS=loader_registers, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
@@ -220,7 +218,9 @@ def run(
     if split_tokens is None:
         needed = scratch_shapes(scratch_rows(rows, height, device), device)
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
-        if height < ROWS.value:
+        if prepared.codes and not prepared.packed:
+            decode_codes(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
+        elif height < ROWS.value:
             decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         else:
             _decode_rows(prepared, rows, parts, part, part_lse, plan, cache_scale)

@@ -1,0 +1,35 @@
+"""Queries as columns: how kernels whose products are transposed read queries and write answers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mla_kernels.hopper import cp_async
+from mla_kernels.hopper_load import HALF
+
+
+@gluon.jit
+def copy_q(
+    target, q_ptr, strides8, token, row0, rows, column,
+    N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Start copying columns column .. column + WIDTH - 1 of the query rows."""
+    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
+    i = gl.arange(0, F, gl.SliceLayout(1, lay))
+    r = token * N + row0 + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def store(
+    acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr, IN_16_BYTES: gl.constexpr
+):  # fmt: skip
+    """Write a [256, F] accumulator's columns that are queries, 16 bytes a thread: a warp fills whole sectors of the
+    target's rows. Row r of the target is token + r // N and head r % N."""
+    lay: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
+    i = gl.arange(0, F, gl.SliceLayout(0, lay))
+    r = token * N + row0 + i
+    at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n
+    pointer = ptr + at_row[None, :] + gl.arange(0, HALF, gl.SliceLayout(1, lay))[:, None]
+    gl.store(pointer, gl.convert_layout(acc, lay).to(ptr.dtype.element_ty), mask=(i < rows)[None, :])
