@@ -9,9 +9,12 @@ Hooks for launches are called as ever. What Triton asks of its settings at each 
 before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -21,23 +24,37 @@ from mla_kernels.device import is_rocm
 BY_TABLE = not is_rocm()
 
 
+class _Code(NamedTuple):
+    """What Triton has compiled, loaded on a device, and the compile-time arguments that it was compiled for."""
+
+    compiled: CompiledKernel  # unloads the others when it goes
+    run: Callable
+    function: int
+    device: int
+    constants: tuple
+
+
 class _Kind(NamedTuple):
     """Launches of one kernel with arguments of the same types: which of them say what code they need.
 
+    tensors: which arguments, and the bytes at whose multiples memory gets code of its own: 16, or 1 where all has one.
     constants: names of compile-time parameters.
-    compiled: by all else that the code depends on, what Triton made, and its compile-time arguments.
+    compiled: by all else that the code depends on.
+    recent: the same by what takes less time to put together, integers as they are. Layers of a step launch with the
+        same ones; other steps have others, and this is emptied when it grows.
     """
 
     kernel: JITFunction  # so that no other kernel gets its id
-    tensors: tuple[int, ...]
-    aligned: tuple[int, ...]  # among the tensors: there is other code where memory is at multiples of 16 bytes
+    tensors: tuple[tuple[int, int], ...]
     integers: tuple[int, ...]  # of any value
     specialised: tuple[int, ...]  # integers for whose multiples of 16 there is other code, and for 1
-    descriptors: tuple[int, ...]
+    descriptors: tuple[int, ...]  # of tma.py
     constants: tuple[str, ...]
-    compiled: dict[tuple, tuple]
+    compiled: dict[tuple, _Code]
+    recent: dict[tuple, _Code]
 
 
+_MOST_RECENT = 1024
 _KINDS: dict[tuple, _Kind] = {}  # by id of the kernel, whose own hash is slow, and types of the arguments
 
 
@@ -57,13 +74,13 @@ def _kind_of(kernel: JITFunction, args: tuple) -> _Kind:
     plain = [given[i].do_not_specialize or given[i].do_not_specialize_on_alignment for i in tensors]
     return _Kind(
         kernel=kernel,
-        tensors=tuple(tensors),
-        aligned=tuple(i for i, is_plain in enumerate(plain) if not is_plain),
+        tensors=tuple((i, 1 if is_plain else 16) for i, is_plain in zip(tensors, plain, strict=True)),
         integers=tuple(integers),
         specialised=tuple(by_value),
         descriptors=tuple(i for i, x in enumerate(args) if hasattr(x, "block_shape")),
         constants=tuple(parameter.name for parameter in constants),
         compiled={},
+        recent={},
     )
 
 
@@ -79,31 +96,64 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     kind = _KINDS.get(types)
     if kind is None:
         kind = _KINDS[types] = _kind_of(kernel, args)
-    passed = list(args)
-    key = list(constants.items())
-    for i in kind.tensors:
+    passed, key = [*args], [*args, *constants, *constants.values()]
+    for i, boundary in kind.tensors:
         x = args[i]
-        passed[i] = x.data_ptr()  # which the driver need not look up
-        key += x.dtype, x.get_device()
-    for i in kind.aligned:
-        key.append(passed[kind.tensors[i]] % 16 == 0)
+        passed[i] = address = x.data_ptr()  # which the driver need not look up
+        key[i] = x.dtype
+        key += x.get_device(), address % boundary == 0
+    for i in kind.descriptors:
+        key[i] = args[i].base.form
+    recent = tuple(key)
+    code = kind.recent.get(recent)
+    if code is None:
+        code = _find(kind, key, grid, args, constants)
+        if code is None:  # Triton has launched it
+            return
+        if len(kind.recent) >= _MOST_RECENT:
+            kind.recent.clear()
+        kind.recent[recent] = code
+    _start(code, (*grid, 1, 1)[:3], (*passed, *code.constants))
+
+
+def _start(code: _Code, grid: tuple[int, int, int], args: tuple) -> None:
+    """As Triton does when it has found what to launch, but what hooks would hear is put together if one listens."""
+    compiled, hooks = code.compiled, knobs.runtime
+    stream = driver.active.get_current_stream(code.device)
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    metadata = None
+    if _listens(enter) or _listens(leave):
+        metadata = compiled.launch_metadata(grid, stream, *args)
+    else:
+        enter = leave = None
+    code.run(*grid, stream, code.function, compiled.packed_metadata, metadata, enter, leave, *args)
+
+
+def _listens(hook) -> bool:
+    """Whether a hook of Triton, by default a chain of functions without one, does anything."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _find(kind: _Kind, key: list, grid: tuple[int, ...], args: tuple, constants: dict) -> _Code | None:
+    """What Triton has compiled for these arguments; None after a launch by Triton.
+
+    key: all that the code depends on, with numbers as they are.
+    """
+    for i, x in enumerate(args):
+        if isinstance(x, float):
+            key[i] = None  # of any value
     for i in kind.integers:
         # Of 32 bits, of 64, or of 64 without a sign.
-        key.append(32 if -0x80000000 <= args[i] < 0x80000000 else 64 + args[i].bit_length() // 64)
+        key[i] = 32 if -0x80000000 <= args[i] < 0x80000000 else 64 + args[i].bit_length() // 64
     for i in kind.specialised:
         key += args[i] == 1, args[i] % 16 == 0
-    for i in kind.descriptors:
-        x = args[i]
-        key += x.base.dtype, *x.block_shape, x.layout
-    key = tuple(key)
-    found = kind.compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*args, **constants)
+    code = kind.compiled.get(tuple(key))
+    if code is None:
+        compiled = kind.kernel[grid](*args, **constants)
         # A hook may have kept Triton from compiling, or it compiles still; and on another device than its tensors' it
         # would stand here for good.
-        here = {-1, driver.active.get_current_device()}
-        if hasattr(type(compiled), "__getitem__") and {args[i].get_device() for i in kind.tensors} <= here:
-            kind.compiled[key] = compiled, [constants[name] for name in kind.constants]
-    else:
-        compiled, last = found
-        compiled[(*grid, 1, 1)[:3]](*passed, *last)
+        device = driver.active.get_current_device()
+        if hasattr(type(compiled), "__getitem__") and {args[i].get_device() for i, _ in kind.tensors} <= {-1, device}:
+            last = tuple(constants[name] for name in kind.constants)
+            kind.compiled[tuple(key)] = _Code(compiled, compiled.run, compiled.function, device, last)
+    return code

@@ -10,10 +10,14 @@ from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES
 
 
 class _Memory(NamedTuple):
-    """What a descriptor knows of a tensor: no reference, which would keep it from being freed."""
+    """What a descriptor knows of a tensor: no reference, which would keep it from being freed.
+
+    form: what code depends on, in all descriptors of this file.
+    """
 
     address: int
     dtype: torch.dtype
+    form: tuple
 
     def data_ptr(self) -> int:
         return self.address
@@ -25,5 +29,6 @@ def describe(address: int, dtype: torch.dtype, shape: tuple[int, int], row_strid
 
     Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes.
     """
+    memory = _Memory(address, dtype, form=(dtype, box))
     layout = SWIZZLED_CODES if dtype.itemsize == 1 else SWIZZLED
-    return TensorDescriptor(_Memory(address, dtype), list(shape), [row_stride, 1], list(box), layout.value)
+    return TensorDescriptor(memory, list(shape), [row_stride, 1], list(box), layout.value)

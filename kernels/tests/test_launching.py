@@ -23,6 +23,7 @@ def test_the_code_that_triton_takes():
     result = json.loads(run.stdout.splitlines()[-1])
     assert not result["differences"]
     assert result["codes"] > 100
+    assert result["heard"] == [4, 4], "hooks did not hear of a launch, with its four arguments"
     assert result["seen"] < result["launches"] / 10, "Triton saw launches that were in the table"
 
 
