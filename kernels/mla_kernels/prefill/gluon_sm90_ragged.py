@@ -8,6 +8,9 @@ Where tiles are so few that half of the SMs or more had none, each tile's keys a
 whose answers a second kernel merges (prefill_pieces.py).
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -128,20 +131,42 @@ def unsupported(problem, device: Device) -> list[str]:
     return reasons
 
 
+class _Rows(NamedTuple):
+    """A tensor [rows, N, width], but for where it lies."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+    @property
+    def adjacent(self) -> bool:
+        return self.strides[-1] == 1 or self.shape[-1] <= 1
+
+    @property
+    def columns(self) -> int:
+        """Those of all heads."""
+        (_, heads, width), (_, stride, _) = self.shape, self.strides
+        return (heads - 1) * stride + width
+
+    @property
+    def fits_tma(self) -> bool:
+        """TMA wants rows at multiples of 16 bytes, none inside another, and columns that 31 bits hold."""
+        row_stride = self.strides[0]
+        return row_stride % 8 == 0 and self.columns <= row_stride and self.columns < 2**31
+
+    def in_boxes(self, rows: int, columns: int) -> tuple:
+        """What `describe` wants to know beside the address, of the tensor as rows of all heads."""
+        return self.dtype, (self.shape[0], self.columns), self.strides[0], (rows, columns)
+
+
+def _rows_of(x) -> _Rows:
+    return _Rows(x.dtype, x.shape, x.stride())
+
+
 def _for_tma(x):
-    """x [rows, N, width], or a copy where TMA cannot go: it wants rows at multiples of 16 bytes, none inside another,
-    and columns, which are those of all heads, that 31 bits hold."""
-    (_, heads, width), (row_stride, stride, _) = x.shape, x.stride()
-    columns = (heads - 1) * stride + width
-    if x.data_ptr() % 16 or row_stride % 8 or row_stride < columns or columns >= 2**31:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def _describe(x, box):
-    """TMA descriptor of a tensor [rows, N, width] as rows of all heads."""
-    (rows, heads, width), (row_stride, stride, _) = x.shape, x.stride()
-    return describe(x.data_ptr(), x.dtype, (rows, (heads - 1) * stride + width), row_stride, box)
+    """`x`, or a copy where TMA cannot go."""
+    fits = x.data_ptr() % 16 == 0 and _rows_of(x).fits_tma
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _most_tiles(tokens: int, requests: int, heads: int) -> int:
@@ -175,6 +200,56 @@ def step_bytes(problem, device: Device, *, tokens: int, keys: int) -> int:
     return sum(tensor_bytes(shape, dtype) for shape, dtype in answers)
 
 
+class _Plan(NamedTuple):
+    """What calls of the same tensors, but for where these lie, have in common: those of a step's layers, say.
+
+    adjacent, fit_tma: whether values of a row are adjacent, and TMA can go where all rows lie.
+    q, nope, rope, v: what descriptors of queries, both parts of keys, and values are made of beside addresses.
+    answers: (shape, dtype) of what pieces of keys answer; none where keys are not cut.
+    """
+
+    adjacent: bool
+    fit_tma: bool
+    programs: int
+    pieces: int
+    q: tuple
+    nope: tuple
+    rope: tuple
+    v: tuple
+    strides: tuple[int, int, int, int]
+    group_keys: int
+    answers: tuple
+    constants: dict
+
+
+@lru_cache(256)
+def _plan(device: Device, q, nope, rope, v, out, requests: int, causal: bool, accumulate: bool, pieces: int | None):
+    """q, nope, rope, v, out: fields of _Rows."""
+    q, nope, rope, v, out = (_Rows(*x) for x in (q, nope, rope, v, out))
+    (T, N, Q), P, (S, _, V) = q.shape, nope.shape[-1], v.shape
+    block = _block(device, Q, V)
+    tiles = _most_tiles(T, requests, N)
+    pieces = pieces or pieces_of(tiles, S, device.num_sms)
+    cut = pieces > 1
+    return _Plan(
+        adjacent=all(x.adjacent for x in (q, nope, rope, v, out)),
+        fit_tma=all(x.fits_tma for x in (q, nope, rope, v)),
+        programs=tiles * pieces if cut else device.num_sms,
+        pieces=pieces,
+        q=q.in_boxes(ROWS.value, COLUMNS.value),
+        nope=nope.in_boxes(block, COLUMNS.value),
+        rope=rope.in_boxes(block, COLUMNS.value),
+        v=v.in_boxes(block, V),
+        strides=tuple(x.strides[1] for x in (q, nope, rope, v)),
+        group_keys=_L2_BYTES // (2 * (P + V)),
+        answers=shapes(pieces, T, N, V) if cut else (),
+        constants={
+            "C": Q // COLUMNS.value, "R": Q - P, "V": V, "BLOCK": block, "CAUSAL": causal,
+            "ACCUMULATE": accumulate and not cut, "CUT": cut, "LOADER_REGS": 24, "num_warps": 4,
+        },
+    )  # fmt: skip
+
+
 def run(
     q_TNQ,
     k_nope_SNP,
@@ -196,45 +271,51 @@ def run(
     All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
     pieces: that each tile's keys are cut into, each with a program of its own. None is as many as the GPU has room for.
     """
-    T, N, Q = q_TNQ.shape
-    P, R, V = k_nope_SNP.shape[-1], k_rope_SNR.shape[-1], v_SNV.shape[-1]
-    out_TNV, lse_TN = prefill_outputs(q_TNQ, V, out_TNV, lse_TN, accumulate=accumulate)
-    require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
-    B = len(query_start_B1) - 1
-    if T == 0 or B == 0:
+    out_TNV, lse_TN = prefill_outputs(q_TNQ, v_SNV.shape[-1], out_TNV, lse_TN, accumulate=accumulate)
+    tokens, requests = q_TNQ.shape[0], query_start_B1.shape[0] - 1
+    if tokens == 0 or requests == 0:
         return out_TNV, lse_TN
-    if len(v_SNV) == 0:
+    if v_SNV.shape[0] == 0:
         if not accumulate:
             lse_TN.fill_(-torch.inf)
         return out_TNV.masked_fill_((lse_TN == -torch.inf)[..., None], 0.0), lse_TN
-    device = device_of(q_TNQ)
-    block = _block(device, Q, V)
-    q_TNQ, k_nope_SNP, v_SNV = _for_tma(q_TNQ), _for_tma(k_nope_SNP), _for_tma(v_SNV)
-    k_rope_SNR = _for_tma(k_rope_SNR) if R else k_nope_SNP
-    tiles = _most_tiles(T, B, N)
-    pieces = pieces or pieces_of(tiles, len(v_SNV), device.num_sms)
-    cut = pieces > 1
-    if cut:
-        programs, claimed = tiles * pieces, query_start_B1  # nothing is claimed
-        into = scratch(None, shapes(pieces, T, N, V), q_TNQ.device)
+    if k_rope_SNR.shape[-1] == 0:
+        k_rope_SNR = k_nope_SNP
+    plan = _plan(
+        device_of(q_TNQ),
+        (q_TNQ.dtype, q_TNQ.shape, q_TNQ.stride()),
+        (k_nope_SNP.dtype, k_nope_SNP.shape, k_nope_SNP.stride()),
+        (k_rope_SNR.dtype, k_rope_SNR.shape, k_rope_SNR.stride()),
+        (v_SNV.dtype, v_SNV.shape, v_SNV.stride()),
+        (out_TNV.dtype, out_TNV.shape, out_TNV.stride()),
+        requests, causal, accumulate, pieces,
+    )  # fmt: skip
+    if not plan.adjacent:
+        require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
+    q, nope, rope, v = q_TNQ.data_ptr(), k_nope_SNP.data_ptr(), k_rope_SNR.data_ptr(), v_SNV.data_ptr()
+    if not plan.fit_tma or (q | nope | rope | v) % 16:
+        return run(
+            *map(_for_tma, (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV)), query_start_B1, key_start_B1,
+            max_query_len=max_query_len, scale=scale, causal=causal, accumulate=accumulate,
+            out_TNV=out_TNV, lse_TN=lse_TN, pieces=pieces,
+        )  # fmt: skip
+    if plan.answers:
+        claimed = query_start_B1  # nothing is claimed
+        into = scratch(None, plan.answers, q_TNQ.device)
     else:
         # Zeroed by each launch: one that relied on those before would never recover from memory that an engine took
         # away.
-        programs, claimed = device.num_sms, torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
+        claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
         into = out_TNV, lse_TN
-    in_place = accumulate and not cut
     launch(
-        _prefill_kernel, (programs,),
-        _describe(q_TNQ, (ROWS.value, COLUMNS.value)),
-        _describe(k_nope_SNP, (block, COLUMNS.value)),
-        _describe(k_rope_SNR, (block, COLUMNS.value)),
-        _describe(v_SNV, (block, V)),
-        q_TNQ.stride(1), k_nope_SNP.stride(1), k_rope_SNR.stride(1), v_SNV.stride(1),
-        query_start_B1, key_start_B1, B, N, claimed, _L2_BYTES // (2 * (P + V)), pieces, T, scale * LOG2_E.value,
-        into[0], *into[0].stride()[:2], into[1], *into[1].stride(),
-        C=Q // COLUMNS.value, R=R, V=V, BLOCK=block, CAUSAL=causal, ACCUMULATE=in_place, CUT=cut,
-        LOADER_REGS=24, num_warps=4,
+        _prefill_kernel, (plan.programs,),
+        describe(q, *plan.q), describe(nope, *plan.nope), describe(rope, *plan.rope), describe(v, *plan.v),
+        *plan.strides, query_start_B1, key_start_B1, requests, q_TNQ.shape[1], claimed,
+        plan.group_keys, plan.pieces, tokens, scale * LOG2_E.value,
+        into[0], *into[0].stride()[:2], into[1], *into[1].stride(), **plan.constants,
     )  # fmt: skip
-    if cut:
-        merge_pieces(out_TNV, lse_TN, *into, query_start_B1, pieces=pieces, accumulate=accumulate, overlap=True)
+    if plan.answers:
+        merge_pieces(
+            out_TNV, lse_TN, *into, query_start_B1, pieces=plan.pieces, accumulate=accumulate, overlap=True
+        )  # fmt: skip
     return out_TNV, lse_TN
