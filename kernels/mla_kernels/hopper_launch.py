@@ -1,5 +1,6 @@
 """What the launches of Hopper's decode kernels share: checks, the cache's TMA descriptor, arguments, scratch."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,16 +43,52 @@ def in_16_bytes(q: torch.Tensor) -> torch.Tensor:
     return q if fits or q.numel() == 0 else q.clone(memory_format=torch.contiguous_format)
 
 
-def _describe(cache_AGK: torch.Tensor, stride_page: int):
-    """(TMA descriptor of the pool as one long list of rows, rows from a page to the next); None where no box fits."""
-    pages, page_size, width = cache_AGK.shape
-    stride_token = cache_AGK.stride(1)
-    if (page_size % BLOCK.value and page_size not in _TMA_SMALL_PAGES) or stride_page % stride_token:
-        return None, 0
-    page_rows = stride_page // stride_token
-    rows = (pages - 1) * page_rows + page_size
-    box = (min(page_size, BLOCK.value), 128 // cache_AGK.itemsize)
-    return describe(cache_AGK.data_ptr(), cache_AGK.dtype, (rows, width), stride_token, box), page_rows
+class _Form(NamedTuple):
+    """What launches have in common whose tensors differ in where they lie alone: those of a step's layers, say.
+
+    adjacent: whether values of a row are, in all tensors.
+    cache_in_16, queries_in_16: whether all rows begin at multiples of 16 bytes if the first does.
+    box: what `describe` wants of the pool as one long list of rows, beside its address; None where no box fits.
+    page_rows: rows from a page to the next, where there is a box.   cache_strides, query_strides: in 16 bytes.
+    """
+
+    adjacent: bool
+    cache_in_16: bool
+    queries_in_16: bool
+    box: tuple | None
+    page_rows: int
+    cache_strides: tuple[int, ...]
+    query_strides: tuple[int, ...]
+    constants: dict
+
+
+@lru_cache(256)
+def _form(cache: tuple, q_latent: tuple, q_rope: tuple, table: tuple, codes: bool, packed: bool, ragged: bool) -> _Form:
+    """cache: dtype, shape and strides.   q_latent, q_rope, table: shape and strides."""
+    dtype, (pages, page_size, width), (stride_page, stride_token, _) = cache
+    stride_page = stride_page if pages > 1 else 0  # of a single page it says nothing
+    in_16 = 16 if codes else 8  # values of 16 bytes
+    box, page_rows = None, 0
+    if (
+        not packed
+        and (page_size % BLOCK.value == 0 or page_size in _TMA_SMALL_PAGES)
+        and stride_page % stride_token == 0
+    ):
+        page_rows = stride_page // stride_token
+        rows = (pages - 1) * page_rows + page_size
+        dtype = torch.int8 if codes else dtype  # as the kernel calls codes
+        box = dtype, (rows, width), stride_token, (min(page_size, BLOCK.value), 128 // dtype.itemsize)
+    queries = [(shape, stride) for shape, strides in (q_latent, q_rope) for stride in strides[:-1]]
+    return _Form(
+        adjacent=all(strides[-1] == 1 or shape[-1] <= 1 for *_, shape, strides in (cache, q_latent, q_rope, table)),
+        cache_in_16=stride_page % in_16 == 0 and stride_token % in_16 == 0,
+        queries_in_16=all(stride % 8 == 0 or 0 in shape for shape, stride in queries),
+        box=box,
+        page_rows=page_rows,
+        cache_strides=(stride_page // in_16, stride_token // in_16),
+        query_strides=tuple(stride // 8 for _, stride in queries),
+        constants={"N": q_latent[0][1], "R": q_rope[0][-1], "PAGE": page_size, "RAGGED": ragged},
+    )
 
 
 class Launch(NamedTuple):
@@ -77,39 +114,47 @@ def prepare_launch(
     *, scale, query_len, query_start_B1, out_TNL, lse_TN,
 ) -> Launch:  # fmt: skip
     """Raises ValueError for what no kernel can read: rows that are not adjacent, or not at multiples of 16 bytes."""
-    (T, N), B, R = q_latent_TNL.shape[:2], len(seq_lens_B), q_rope_TNR.shape[-1]
-    ragged = query_start_B1 is not None
+    ragged, requests = query_start_B1 is not None, seq_lens_B.shape[0]
     outputs = out_TNL, lse_TN = decode_outputs(
-        q_latent_TNL, B, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN
+        q_latent_TNL, requests, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN
     )
-    require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
-    stride_page = cache_AGK.stride(0) if len(cache_AGK) > 1 else 0  # of a single page it says nothing
-    packed = packed_row(cache_AGK, q_latent_TNL.shape[-1] + R) is not None
+    packed = packed_row(cache_AGK, q_latent_TNL.shape[-1] + q_rope_TNR.shape[-1]) is not None
     codes = packed or cache_AGK.dtype == E4M3
-    in_16 = 16 if codes else 8  # values of 16 bytes
-    if cache_AGK.data_ptr() % 16 or stride_page % in_16 or cache_AGK.stride(1) % in_16:
+    form = _form(
+        (cache_AGK.dtype, cache_AGK.shape, cache_AGK.stride()),
+        (q_latent_TNL.shape, q_latent_TNL.stride()),
+        (q_rope_TNR.shape, q_rope_TNR.stride()),
+        (block_table_BM.shape, block_table_BM.stride()),
+        codes,
+        packed,
+        ragged,
+    )
+    if not form.adjacent:
+        require_adjacent(q_latent=q_latent_TNL, q_rope=q_rope_TNR, cache=cache_AGK, block_table=block_table_BM)
+    address = cache_AGK.data_ptr()
+    if address % 16 or not form.cache_in_16:
         raise ValueError(f"cache rows must begin at multiples of 16 bytes, got strides {cache_AGK.stride()}")
-    empty = B == 0 or T == 0
+    if not form.queries_in_16 or (q_latent_TNL.data_ptr() | q_rope_TNR.data_ptr()) % 16:
+        return prepare_launch(
+            in_16_bytes(q_latent_TNL), in_16_bytes(q_rope_TNR), cache_AGK, block_table_BM, seq_lens_B,
+            scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
+        )  # fmt: skip
+    empty = requests == 0 or q_latent_TNL.shape[0] == 0
     memory = cache_AGK.view(torch.int32 if packed else torch.int8) if codes else cache_AGK
-    k_desc, page_rows = (None, 0) if packed or empty else _describe(memory, stride_page)
-    q_latent, q_rope = in_16_bytes(q_latent_TNL), in_16_bytes(q_rope_TNR)
     return Launch(
         outputs=outputs,
         empty=empty,
         device=device_of(cache_AGK),
         codes=codes,
         packed=packed,
-        gather=k_desc is None and not packed,
+        gather=form.box is None and not packed,
         before_parts=(
-            k_desc, page_rows, memory,
-            stride_page // in_16, cache_AGK.stride(1) // in_16, block_table_BM, block_table_BM.stride(0),
-            q_latent, q_rope, *(q.stride(d) // 8 for q in (q_latent, q_rope) for d in (0, 1)),
+            describe(address, *form.box) if form.box and not empty else None, form.page_rows,
+            memory, *form.cache_strides,
+            block_table_BM, block_table_BM.stride()[0], q_latent_TNL, q_rope_TNR, *form.query_strides,
             seq_lens_B, query_start_B1 if ragged else seq_lens_B,  # not read when all have query_len tokens
-            query_len, B,
+            query_len, requests,
         ),
-        behind_parts=(
-            scale * LOG2_E.value,
-            out_TNL, out_TNL.stride(0), out_TNL.stride(1), lse_TN, lse_TN.stride(0), lse_TN.stride(1),
-        ),
-        constants={"N": N, "R": R, "PAGE": cache_AGK.shape[1], "RAGGED": ragged},
+        behind_parts=(scale * LOG2_E.value, out_TNL, *out_TNL.stride()[:2], lse_TN, *lse_TN.stride()),
+        constants=form.constants,
     )  # fmt: skip

@@ -57,7 +57,7 @@ def decode_outputs(q_latent_TNL, requests: int, query_len: int, *, ragged: bool,
 
     Ragged requests may leave rows between them, which nobody writes: in new outputs these hold 0 and -inf.
     """
-    tokens, needed = len(q_latent_TNL), requests * query_len
+    tokens, needed = q_latent_TNL.shape[0], requests * query_len
     if not ragged and needed != tokens:
         raise ValueError(f"{requests} requests of {query_len} query tokens need {needed} queries, got {tokens}")
     if out_TNL is None:
