@@ -45,12 +45,17 @@ class MLAAttention:
         }
         self._workspaces: dict[int, tuple] = {}
         self._run = {name: chosen.kernel.run for name, chosen in self.chosen.items()}
+        self._calls = {name: (name, chosen.kernel.name) for name, chosen in self.chosen.items()}
+        self._takes_counter = "prefill" in self.chosen and self.chosen["prefill"].kernel.takes_counter
+        geometry = problem.geometry
+        self._latent_and_rope = geometry.kv_lora_rank, geometry.qk_rope_head_dim
+        self._nope_and_v = geometry.qk_nope_head_dim, geometry.v_head_dim
 
     def _problem_of(self, operation: str) -> Problem:
         return self.decode_problem if operation == "decode" else self.problem
 
     def _call(self, operation: str, *args, **kwargs):
-        CALLS[operation, self.chosen[operation].kernel.name] += 1
+        CALLS[self._calls[operation]] += 1
         return self._run[operation](*args, **kwargs)
 
     def _scaled(self, cache_scale: torch.Tensor | None) -> dict:
@@ -230,27 +235,36 @@ class MLAAttention:
 
     def _attend_new(self, q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, step: PrefillStep, out_TNV) -> torch.Tensor:
         """Fill `out_TNV` with what new tokens see of each other. Returns lse_TN."""
-        lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=torch.float32)
-        starts = step.query_start_B1
-        options = {"max_query_len": step.max_query_len, "out_TNV": out_TNV, "lse_TN": lse_TN}
+        lse_TN, starts = step.memory.lse_of(q_TNQ), step.query_start_B1
+        options = {
+            "max_query_len": step.max_query_len,
+            "out_TNV": out_TNV,
+            "lse_TN": lse_TN,
+            **self._counter(step, q_TNQ),
+        }
         self.attend(q_TNQ, k_nope_TNP, k_rope_TNR, v_TNV, starts, starts, causal=True, **options)
         return lse_TN
 
+    def _counter(self, step: PrefillStep, q_TNQ) -> dict:
+        """Option of a kernel that wants an integer of 0 and else fills one at each call."""
+        return {"counter": step.memory.counter(q_TNQ.device)} if self._takes_counter else {}
+
     def _attend_context(self, q_TNQ, cache_AGK, step: PrefillStep, up_project, out_TNV, lse_TN, cache_scale):
         """Fold what new tokens see of their cached context into `out_TNV`, and return that."""
-        latent = self.problem.geometry.kv_lora_rank
         for chunk in step.chunks:
             rows_SK = self._context_rows(cache_AGK, step, chunk, cache_scale)
+            latent_SL, rope_SR = rows_SK.split_with_sizes(self._latent_and_rope, -1)
             self.attend(
-                q_TNQ[chunk.tokens],
-                *self.expanded(up_project(rows_SK[:, :latent]), rows_SK[:, latent:]),
+                _rows(q_TNQ, chunk.tokens),
+                *self.expanded(up_project(latent_SL), rope_SR),
                 chunk.query_start_B1,
                 chunk.key_start_B1,
                 max_query_len=chunk.max_query_len,
                 causal=False,
                 accumulate=True,
-                out_TNV=out_TNV[chunk.tokens],
-                lse_TN=lse_TN[chunk.tokens],
+                out_TNV=_rows(out_TNV, chunk.tokens),
+                lse_TN=_rows(lse_TN, chunk.tokens),
+                **self._counter(step, q_TNQ),
             )
         return out_TNV
 
@@ -260,7 +274,7 @@ class MLAAttention:
         rows_SK = step.gather_buffer_SK[: mine.num_keys]
         self.gather(
             cache_AGK,
-            step.block_table_BM[chunk.requests],
+            _rows(step.block_table_BM, chunk.requests),
             mine.starts_B,
             mine.key_start_B1,
             rows_SK,
@@ -271,6 +285,10 @@ class MLAAttention:
 
     def expanded(self, kv_SNX, k_rope_SR):
         """Nope part of the keys, their rotary part, the same for all heads, and values: views all."""
-        geometry = self.problem.geometry
-        k_nope, v = kv_SNX.split([geometry.qk_nope_head_dim, geometry.v_head_dim], -1)
-        return k_nope, k_rope_SR[:, None].expand(-1, geometry.num_heads, -1), v
+        k_nope, v = kv_SNX.split_with_sizes(self._nope_and_v, -1)
+        return k_nope, k_rope_SR.unsqueeze(1).expand(-1, self.problem.geometry.num_heads, -1), v
+
+
+def _rows(x: torch.Tensor, which: slice) -> torch.Tensor:
+    """`x[which]`, but `x` where that is all of it: a view takes the host as long as a good part of a launch."""
+    return x if which.start == 0 and which.stop == x.shape[0] else x[which]

@@ -1,4 +1,4 @@
-"""Memory that kernels use within a call: reserved once, shared by calls that never run at the same time."""
+"""Memory that kernels use within a call, shared by calls that never run at the same time: reserved, or a step's."""
 
 import math
 from functools import cache
@@ -7,6 +7,7 @@ import torch
 
 from mla_kernels import tensor_bytes
 
+_COUNTERS = 64  # filled at once: as many as layers of the largest models
 _ALIGNMENT = 256  # bytes: what allocators of GPUs give, so that kernels see no difference
 
 
@@ -52,3 +53,36 @@ def scratch_bytes(shapes) -> int:
 
 def _aligned(shape, dtype) -> int:
     return math.ceil(tensor_bytes(shape, dtype) / _ALIGNMENT) * _ALIGNMENT
+
+
+class StepMemory:
+    """Memory that the layers of one step use one after another, in one stream.
+
+    Each step has its own: an engine may take away what memory held between two steps. In a CUDA graph, which outlives
+    the step and does again only what it has captured, there is none.
+    """
+
+    def __init__(self):
+        self._counters: list[torch.Tensor] = []
+        self._lse_TN: torch.Tensor | None = None
+
+    def counter(self, device: torch.device) -> torch.Tensor | None:
+        """An int32 of 0 that nobody else gets: one fill is for many launches. None if there is none."""
+        if _is_capturing(device):
+            return None
+        if not self._counters:
+            self._counters.extend(torch.zeros(_COUNTERS, dtype=torch.int32, device=device).unbind())
+        return self._counters.pop()
+
+    def lse_of(self, q_TNQ: torch.Tensor) -> torch.Tensor:
+        """Float32 for a number for each query and head, the same for all layers."""
+        shape = q_TNQ.shape[:2]
+        if _is_capturing(q_TNQ.device):
+            return q_TNQ.new_empty(shape, dtype=torch.float32)
+        if self._lse_TN is None or self._lse_TN.shape != shape:
+            self._lse_TN = q_TNQ.new_empty(shape, dtype=torch.float32)
+        return self._lse_TN
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -4,12 +4,13 @@ An engine's metadata builder makes them once a step; all layers share them. Shap
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
+from mla_backend.scratch import StepMemory
 from mla_backend.shards import Shards
 from mla_kernels import MLAGeometry
 
@@ -91,6 +92,7 @@ class PrefillStep:
     chunks: every (request, cached position) of the batch lies in exactly one.
     gather_buffer_SK: scratch that the largest chunk, or share of one, fits in; None when there are no chunks.
     all_gather: rows of this rank to those of all, one rank behind another; where ranks share the cache.
+    memory: that layers use one after another.
     """
 
     query_start_B1: torch.Tensor
@@ -99,6 +101,7 @@ class PrefillStep:
     chunks: tuple[ContextChunk, ...] = ()
     gather_buffer_SK: torch.Tensor | None = None
     all_gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    memory: StepMemory = field(default_factory=StepMemory, compare=False)
 
 
 TILE_ROWS = 64  # query rows of a tile: what the largest matrix instruction takes

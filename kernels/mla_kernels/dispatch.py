@@ -104,6 +104,11 @@ class Kernel:
         """Whether a CUDA graph that captured a call is right for other batches of as many requests."""
         return getattr(self.load(), "CAPTURABLE", True)
 
+    @property
+    def takes_counter(self) -> bool:
+        """Whether a call takes an integer of 0 as `counter`: who calls often fills many of them at once."""
+        return getattr(self.load(), "TAKES_COUNTER", False)
+
 
 # Best first. These tuples are the whole selection policy. What stands behind torch is taken by its name alone, since
 # those before it take all that it takes: FlashInfer's was not found to be faster.

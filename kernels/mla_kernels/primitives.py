@@ -46,7 +46,7 @@ def as_codes(cache_AGK):
 def require_adjacent(**tensors) -> None:
     """Raise ValueError unless the values of every row are adjacent: kernels take all strides but the last."""
     wrong = [
-        f"{name} has stride {x.stride(-1)}" for name, x in tensors.items() if x.stride(-1) != 1 and x.shape[-1] > 1
+        f"{name} has stride {x.stride(-1)}" for name, x in tensors.items() if x.stride()[-1] != 1 and x.shape[-1] > 1
     ]
     if wrong:
         raise ValueError(f"the last dimension must be contiguous: {', '.join(wrong)}")

@@ -77,6 +77,22 @@ def test_geometries(kernel, heads, nope, rope, v, causal):
     check(kernel, geometry(heads, nope, rope, v), [9, 150], [70, 150], causal=causal)
 
 
+def test_a_counter_of_the_caller(kernel):
+    """Also where queries are copied first. One that is not 0 shows that no other is counted with."""
+    case = make_prefill(geometry(), [9, 150, 300], dtype=torch.float16)
+    q, *keys = case.arrays
+    expected, _ = kernel.run(q, *keys, **case.options)
+    odd = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    for queries in (q, odd):
+        counters = torch.tensor([-7, 0, -7], dtype=torch.int32)
+        out, _ = kernel.run(queries, *keys, **case.options, counter=counters[1:2])
+        assert torch.equal(out, expected)
+        tiles = 2 * (1 + 2 + 3)
+        assert counters.tolist() == [-7, tiles, -7]
+    out, _ = kernel.run(q, *keys, **case.options, counter=torch.tensor([1000], dtype=torch.int32))
+    assert not torch.equal(out, expected)
+
+
 def test_more_requests_than_are_looked_at_at_once(kernel):
     check(kernel, geometry(1), [(37 * i) % 70 if i % 3 else 0 for i in range(70)])
 

@@ -34,6 +34,8 @@ from mla_kernels.tma import describe
 # tokens and 128 heads took 11 to 15 % longer.
 _L2_BYTES = 8 << 20
 
+TAKES_COUNTER = True  # `run` has the option `counter`
+
 
 @gluon.jit(
     do_not_specialize=[
@@ -265,11 +267,13 @@ def run(
     out_TNV=None,
     lse_TN=None,
     pieces=None,
+    counter=None,
 ):
     """Same contract as reference.prefill, but rows of `out_TNV` that no request owns keep what they held.
 
     All tensors may be strided, less the last dimension of queries, keys, values and output. `scale` is positive.
     pieces: that each tile's keys are cut into, each with a program of its own. None is as many as the GPU has room for.
+    counter: an int32 of 0, which is another number afterwards. None is one that the call fills itself.
     """
     out_TNV, lse_TN = prefill_outputs(q_TNQ, v_SNV.shape[-1], out_TNV, lse_TN, accumulate=accumulate)
     tokens, requests = q_TNQ.shape[0], query_start_B1.shape[0] - 1
@@ -297,15 +301,14 @@ def run(
         return run(
             *map(_for_tma, (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV)), query_start_B1, key_start_B1,
             max_query_len=max_query_len, scale=scale, causal=causal, accumulate=accumulate,
-            out_TNV=out_TNV, lse_TN=lse_TN, pieces=pieces,
+            out_TNV=out_TNV, lse_TN=lse_TN, pieces=pieces, counter=counter,
         )  # fmt: skip
     if plan.answers:
         claimed = query_start_B1  # nothing is claimed
         into = scratch(None, plan.answers, q_TNQ.device)
     else:
-        # Zeroed by each launch: one that relied on those before would never recover from memory that an engine took
-        # away.
-        claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device)
+        # Never left zero by the launch before: none would recover from memory that an engine took away.
+        claimed = torch.zeros(1, dtype=torch.int32, device=q_TNQ.device) if counter is None else counter
         into = out_TNV, lse_TN
     launch(
         _prefill_kernel, (plan.programs,),
