@@ -147,7 +147,8 @@ class MLAAttention:
         of one part at a time.
         """
         for mine, part in step.parts:
-            self._extend_part(q_TNQ[mine], cache_AGK, part, w_k_NPL, w_v_NLV, out_TNV[mine], workspace, cache_scale)
+            q, out = _rows(q_TNQ, mine), _rows(out_TNV, mine)
+            self._extend_part(q, cache_AGK, part, w_k_NPL, w_v_NLV, out, workspace, cache_scale)
         return out_TNV
 
     def _extend_part(self, q_TNQ, cache_AGK, step, w_k_NPL, w_v_NLV, out_TNV, workspace, cache_scale) -> None:

@@ -94,7 +94,7 @@ def merge_pieces(
     rows = _VALUES // V
     launch(
         _merge_pieces_kernel, (cdiv(T * N, rows),),
-        part_XNV, part_lse_XN, query_start_B1, len(query_start_B1) - 1, T, pieces,
+        part_XNV, part_lse_XN, query_start_B1, query_start_B1.shape[0] - 1, T, pieces,
         out_TNV, *out_TNV.stride()[:2], lse_TN, *lse_TN.stride(),
         N=N, V=V, ACCUMULATE=accumulate, BLOCK_S=_PIECES, BLOCK_R=rows, PDL=overlap,
         num_warps=1, **({"launch_pdl": True} if overlap else {}),

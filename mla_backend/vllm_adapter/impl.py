@@ -176,7 +176,7 @@ class MLAImpl(MLACommonImpl[MLAMetadata]):
         if kv_cache.numel() == 0:  # memory is being profiled: there is no cache yet
             return
         slots = slot_mapping.flatten()
-        if len(slots) != len(kv_c_normed):  # either may be padded for a graph
+        if slots.shape[0] != kv_c_normed.shape[0]:  # either may be padded for a graph
             tokens = min(len(slots), len(kv_c_normed))
             kv_c_normed, k_pe, slots = kv_c_normed[:tokens], k_pe[:tokens], slots[:tokens]
         scale = None if skip_scale else k_scale

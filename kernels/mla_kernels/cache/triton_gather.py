@@ -73,7 +73,7 @@ def _gather_kernel(
 def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len, cache_scale=None):
     """Same contract as reference.cache_gather. max_key_len: most rows of any request."""
     require_adjacent(cache=cache_AGK, out=out_SK, block_table=block_table_BM)
-    B = len(starts_B)
+    B = starts_B.shape[0]
     if max_key_len == 0 or B == 0:
         return out_SK
     K = out_SK.shape[1]
@@ -82,7 +82,7 @@ def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_le
     launch(
         _gather_kernel, (cdiv(max_key_len, _TOKENS), B),
         as_codes(cache_AGK), block_table_BM, starts_B, key_start_B1, cache_scale, out_SK,
-        cache_AGK.stride(0), cache_AGK.stride(1), block_table_BM.stride(0), out_SK.stride(0),
+        *cache_AGK.stride()[:2], block_table_BM.stride()[0], out_SK.stride()[0],
         K=values, PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS,
         ROPE_AT=rope_at, R=rope, R_PAD=next_power_of_2(max(rope, 1)), num_warps=4,
     )  # fmt: skip

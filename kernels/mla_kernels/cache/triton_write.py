@@ -87,14 +87,14 @@ def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     """Same contract as reference.cache_write. Rows of all tensors may be strided; `slots_T` is int64 or int32."""
     require_adjacent(kv_latent=kv_latent_TL, k_rope=k_rope_TR, cache=cache_AGK)
     pages, page_size, _ = cache_AGK.shape
-    tokens, L, R = len(slots_T), kv_latent_TL.shape[-1], k_rope_TR.shape[-1]
+    tokens, L, R = slots_T.shape[0], kv_latent_TL.shape[-1], k_rope_TR.shape[-1]
     if tokens == 0:
         return
     row = packed_row(cache_AGK, L + R)
     launch(
         _write_kernel, (cdiv(tokens, _TOKENS),),
         kv_latent_TL, k_rope_TR, as_codes(cache_AGK), slots_T, cache_scale, tokens, pages * page_size,
-        kv_latent_TL.stride(0), k_rope_TR.stride(0), cache_AGK.stride(0), cache_AGK.stride(1), slots_T.stride(0),
+        kv_latent_TL.stride()[0], k_rope_TR.stride()[0], *cache_AGK.stride()[:2], *slots_T.stride(),
         L=L, L_PAD=next_power_of_2(L), R=R, R_PAD=next_power_of_2(max(R, 1)),
         PAGE=page_size, BLOCK_T=_TOKENS, ROPE_AT=row.rope_at if row else 0, num_warps=4,
     )  # fmt: skip
