@@ -3,7 +3,7 @@
 At every launch Triton asks what each argument means for the code and checks all global names that the code used, and
 the driver looks up every pointer. In a step that no CUDA graph holds that was most of what a layer of ours took of the
 host: beside an H200 (2026-11-27, Triton 3.6) 144 us for a decode with its merge, 43 us for a cache write. Here a table
-has what Triton compiled, by all that its code depends on.
+has what Triton compiled, by all that its code depends on, and Triton's launcher is called as Triton calls it then.
 
 Hooks for launches are called as ever. What Triton asks of its settings at each launch (debug, instrumentation, hooks
 before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one.
