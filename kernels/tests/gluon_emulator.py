@@ -166,8 +166,9 @@ class Product:
     def result(self):
         a, b = (x.array if isinstance(x, Memory) else x for x in (self.a, self.b))
         assert a.dtype == b.dtype == np.float16
-        # Row by row, as a matrix instruction does: BLAS gives a row other bits at another place in a matrix.
-        product = (a.astype(np.float32)[:, None] @ b.astype(np.float32))[:, 0]
+        # Each element by itself, as a matrix instruction does: BLAS gives one other bits at another place in a matrix.
+        a, b = (np.ascontiguousarray(x, np.float32) for x in (a, b.T))
+        product = np.einsum("ik,jk->ij", a, b)
         acc = self.acc.result() if isinstance(self.acc, Product) else self.acc
         return _tensor(product + acc if self.use_acc else product)
 
