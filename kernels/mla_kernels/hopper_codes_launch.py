@@ -55,7 +55,7 @@ def _decode_codes_kernel(
     gl.warp_specialize(
         [
             (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
-            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, False, STEP, STAGES)),
+            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, False, STEP, STAGES, 0)),
             (accumulate, (out, work, smem, N, F, RAGGED, STEP, STAGES)),
         ],
         [4 * STEP, 8],

@@ -6,6 +6,18 @@ from triton.experimental.gluon import language as gl
 from mla_kernels.hopper import cp_async
 from mla_kernels.hopper_load import HALF
 
+# The layout of accumulators of 64 queries, but with two neighbouring rows in a thread: threads of a warp exchange what
+# they hold, and need no shared memory for it, of which there is none left.
+TALL = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [0, 8], [0, 16], [0, 32], [128, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        block_bases=[],
+        shape=[256, 64],
+    )
+)
+
 
 @gluon.jit
 def copy_q(
@@ -27,7 +39,8 @@ def store(
 ):  # fmt: skip
     """Write a [256, F] accumulator's columns that are queries, 16 bytes a thread: a warp fills whole sectors of the
     target's rows. Row r of the target is token + r // N and head r % N."""
-    lay: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
+    wide: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
+    lay: gl.constexpr = TALL if F == 64 else wide
     i = gl.arange(0, F, gl.SliceLayout(0, lay))
     r = token * N + row0 + i
     at_row = (r // N).to(gl.int64) * stride_t + (r % N).to(gl.int64) * stride_n

@@ -7,7 +7,14 @@ A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better
   accumulate                               output [512, F] += latent part of k, transposed, times weight
 
 So a block takes a quarter or half of the time on the tensor cores that it takes with queries as rows, and accumulators
-fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32.
+fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32, and with fixed
+splits 64 too.
+
+With fixed splits a query has the same bits in tiles of every width and at every place in them. An element of a matrix
+instruction's result is a sum over k in an order that is its own: neither its place nor the other columns are in it, nor
+how many there are. Sums and maxima over keys go over the same threads in the same order whatever F is. All else is
+done to each query alone, multiply-adds by name, but for one thing: outputs of all queries are multiplied with factors
+if any query's reference has moved, and of those that have not the factor is exp2(0), which is 1.
 """
 
 from triton.experimental import gluon
@@ -27,7 +34,7 @@ from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, w
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.primitives import LN_2
-from mla_kernels.schedule import BLOCK, piece
+from mla_kernels.schedule import BLOCK, first_slot, piece
 
 
 @gluon.jit
@@ -48,9 +55,12 @@ def _scores(block, q_s, q_rope_s, smem, F: gl.constexpr, R: gl.constexpr, GATHER
 
 
 @gluon.jit
-def _sums(x, KEYS: gl.constexpr, F: gl.constexpr):
-    """Sums of a [KEYS, F] tile's columns as far as a thread adds alone: nowhere, or if columns are many its two rows."""
-    if F == 64:
+def _sums(x, KEYS: gl.constexpr, F: gl.constexpr, CODES: gl.constexpr):
+    """Sums of a [KEYS, F] tile's columns as far as a thread adds alone: nowhere, or its two rows if columns are many.
+
+    Of a 16-bit cache nowhere: with fixed splits sums must be the same whatever F is.
+    """
+    if F == 64 and CODES > 0:
         sums = gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1)
     else:
         sums = x.reshape([1, KEYS, F])
@@ -101,23 +111,58 @@ def _attend_block(
     smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
     fence_async_shared()
     mbarrier.arrive(smem.weight_full, count=1)
-    return top, total + _sums(weight, KEYS, F)
+    return top, total + _sums(weight, KEYS, F, CODES)
+
+
+@gluon.jit
+def _attend_piece(
+    begin, end, slot, block, pieces, seen, scale_log2, cache_scale, q_s, q_rope_s, token, row0, rows, lse, smem,
+    N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks, or steps, and pieces were
+    done."""
+    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
+    STEP: gl.constexpr = max(CODES, 1)
+    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * STEP, 1], [16, F, 16])
+    query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
+    i = gl.arange(0, F, query_lay)
+    top = gl.full([F], NOTHING, gl.float32, query_lay)
+    total = _sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F, CODES)
+    for b in range(begin, end, STEP):
+        top, total = _attend_block(
+            b, begin, top, total, block, seen, row0, scale_log2, q_s, q_rope_s, smem, N, F, R, GATHER, CODES, STAGES
+        )
+        block += 1
+    sum_of_query = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), query_lay)
+    safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
+    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+    smem.last.store(cache_scale / safe)
+    mbarrier.arrive(smem.last_full, count=1)
+    pieces += 1
+    query_lse = gl.where(sum_of_query > 0, top + gl.log2(safe), float("-inf"))
+    if slot < 0:
+        r = token * N + row0 + i
+        at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
+        gl.store(lse_ptr + at_row, query_lse * LN_2, mask=i < rows)
+    else:
+        gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, query_lse, mask=i < rows)
+    return block, pieces
 
 
 @gluon.jit
 def attend(
     q, lse, plan, scale_log2, scale_ptr, work, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
-    CODES: gl.constexpr, STAGES: gl.constexpr,
+    CODES: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: scores, online softmax, weights for the others, and the LSE.
 
     CODES: blocks of a step, with a warpgroup for each, of an fp8 cache; all is in float16 then. 0 for any other.
     """
     q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
-    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     shared, lengths = work
-    write_plan(plan, shared)
+    if SPLIT == 0:
+        write_plan(plan, shared)
     row0 = gl.program_id(0) * F
     STEP: gl.constexpr = max(CODES, 1)
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * STEP, 1], [16, F, 16])
@@ -126,9 +171,10 @@ def attend(
     cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
+    line = first_slot(shared, SPLIT)
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, token, tokens, rows, slot, _ = piece(
-            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
+        begin, end, seq_len, token, tokens, rows, slot, line = piece(
+            request, shared, lengths, gl.program_id(1), row0, line, N, F, RAGGED, SPLIT
         )
         if rows > 0:
             raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, F, HALF], SWIZZLED)
@@ -146,27 +192,18 @@ def attend(
             barrier()
             known = gl.minimum(seq_len, end * BLOCK)  # what is behind a piece is another part's
             seen = (seq_len - tokens, known, gl.minimum(seq_len - tokens + 1, known))
-            top = gl.full([F], NOTHING, gl.float32, query_lay)
-            total = _sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F)
-            for b in range(begin, end, STEP):
-                top, total = _attend_block(
-                    b, begin, top, total, block, seen, row0, factor, q_s, q_rope_s, smem,
-                    N, F, R, GATHER, CODES, STAGES,
-                )  # fmt: skip
-                block += 1
-            sum_of_query = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), query_lay)
-            safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
-            mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-            smem.last.store(cache_scale / safe)
-            mbarrier.arrive(smem.last_full, count=1)
-            pieces += 1
-            query_lse = gl.where(sum_of_query > 0, top + gl.log2(safe), float("-inf"))
-            if slot < 0:
-                r = token * N + row0 + i
-                at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
-                gl.store(lse_ptr + at_row, query_lse * LN_2, mask=i < rows)
+            if SPLIT > 0:
+                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
+                    block, pieces = _attend_piece(
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, seen, factor, cache_scale,
+                        q_s, q_rope_s, token, row0, rows, lse, smem, N, F, R, GATHER, CODES, STAGES,
+                    )  # fmt: skip
+                    slot += 1
             else:
-                gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, query_lse, mask=i < rows)
+                block, pieces = _attend_piece(
+                    begin, end, slot, block, pieces, seen, factor, cache_scale,
+                    q_s, q_rope_s, token, row0, rows, lse, smem, N, F, R, GATHER, CODES, STAGES,
+                )  # fmt: skip
 
 
 @gluon.jit
@@ -186,37 +223,58 @@ def _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER: gl.constexpr)
 
 
 @gluon.jit
-def accumulate(
-    out, work, smem, N: gl.constexpr, F: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr
+def _accumulate_piece(
+    begin, end, slot, block, pieces, seq_len, token, row0, rows, out, smem,
+    N: gl.constexpr, F: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """Two warpgroups: values times weights. Each holds half of the rows of either half of the output."""
+    """Blocks `begin` to `end` from a fresh start, and their outputs. Returns how many blocks and pieces were done."""
     out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
-    shared, lengths = work
-    row0 = gl.program_id(0) * F
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, o_lay)
     in_16_bytes: gl.constexpr = 4 if F == 16 else 8  # of float32 4, but with 32 queries that takes registers
+    acc0 = gl.zeros([HALF, F], gl.float32, o_lay)
+    acc1 = gl.zeros([HALF, F], gl.float32, o_lay)
+    for b in range(begin, end):
+        acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
+        block += 1
+    mbarrier.wait(smem.last_full, pieces & 1)
+    last = smem.last.load(query_lay)[None, :]
+    mbarrier.arrive(smem.last_empty, count=1)
+    pieces += 1
+    acc0 = acc0 * last
+    acc1 = acc1 * last
+    if slot < 0:
+        store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+        store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+    else:
+        store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+        store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+    return block, pieces
+
+
+@gluon.jit
+def accumulate(
+    out, work, smem, N: gl.constexpr, F: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr
+):  # fmt: skip
+    """Two warpgroups: values times weights. Each holds half of the rows of either half of the output."""
+    shared, lengths = work
+    row0 = gl.program_id(0) * F
     block = 0
     pieces = 0
+    line = first_slot(shared, SPLIT)
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, token, _, rows, slot, _ = piece(
-            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
+        begin, end, seq_len, token, _, rows, slot, line = piece(
+            request, shared, lengths, gl.program_id(1), row0, line, N, F, RAGGED, SPLIT
         )
         if rows > 0:
-            acc0 = gl.zeros([HALF, F], gl.float32, o_lay)
-            acc1 = gl.zeros([HALF, F], gl.float32, o_lay)
-            for b in range(begin, end):
-                acc0, acc1 = _accumulate_block(b, acc0, acc1, block, seq_len, smem, GATHER)
-                block += 1
-            mbarrier.wait(smem.last_full, pieces & 1)
-            last = smem.last.load(query_lay)[None, :]
-            mbarrier.arrive(smem.last_empty, count=1)
-            pieces += 1
-            acc0 = acc0 * last
-            acc1 = acc1 * last
-            if slot < 0:
-                store(acc0, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
-                store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)
+            if SPLIT > 0:
+                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):
+                    block, pieces = _accumulate_piece(
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, seq_len, token, row0, rows, out,
+                        smem, N, F, GATHER,
+                    )  # fmt: skip
+                    slot += 1
             else:
-                store(acc0, part_ptr, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
-                store(acc1, part_ptr + HALF, row0, rows, slot * rows_per_slot, LATENT, 0, 1, F, in_16_bytes)
+                block, pieces = _accumulate_piece(
+                    begin, end, slot, block, pieces, seq_len, token, row0, rows, out, smem, N, F, GATHER
+                )

@@ -52,6 +52,8 @@ MOST_SPILLED = 1024
 HOPPER = {"gluon_sm90": ("_decode_kernel", "_decode_few_kernel"), "gluon_sm90_ragged": ("_prefill_kernel",)}
 HOPPER_SPILLED = {("_decode_kernel", "3.7"): 16, ("_decode_kernel", "3.9"): 160, ("_decode_few_kernel", "3.9"): 96}
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
+SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
+WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
 CONVERT_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 
@@ -74,14 +76,15 @@ GLUON_SM90 = (
     (16, [1, 4], 128, 64, FP16),
     (16, 1, 1, 64, BF16),
     (5, [1, 4], 48, 0, BF16),
-    (16, 1, 64, 64, BF16, 384),
-    (16, [1, 4], 64, 64, BF16, 384),
+    (64, 1, 64, 64, BF16, 768),
+    (64, [1, 4], 64, 64, BF16, 768),
     (128, 1, 64, 64, BF16, 1024),
-    (5, [1, 4], 16, 0, FP16, 256),
-    (16, 1, 1, 64, BF16, 384),
-    (5, [1, 4], 48, 0, BF16, 256),
+    (40, [1, 4], 16, 0, FP16, 576),
+    (64, 1, 1, 64, BF16, 768),
+    (40, [1, 4], 48, 0, BF16, 576),
 )
-# As above, where products are transposed or the cache is fp8; and the dtype of the cache.
+# As above, where products are transposed or the cache is fp8; and the dtype of the cache before the splits. With splits
+# products are transposed by the heads alone, in tiles of 16, 32 and 64 query rows.
 GLUON_SM90_FEW = (
     (16, 1, 64, 64, BF16, BF16),
     (32, 1, 16, 64, FP16, FP16),
@@ -100,6 +103,16 @@ GLUON_SM90_FEW = (
     (32, 1, 16, 64, FP16, PACKED),
     (128, 1, 64, 64, BF16, PACKED),
     (16, [1, 4], 48, 64, FP16, PACKED),
+    (16, 1, 64, 64, BF16, BF16, 384),
+    (16, [1, 2], 64, 64, BF16, BF16, 384),
+    (16, [1, 4], 64, 64, BF16, BF16, 384),
+    (5, 1, 16, 0, FP16, FP16, 256),
+    (5, 4, 128, 0, BF16, BF16, 256),
+    (20, 4, 32, 64, FP16, FP16, 384),
+    (32, 1, 64, 64, BF16, BF16, 512),
+    (16, 1, 1, 64, BF16, BF16, 384),
+    (5, [1, 4], 48, 0, BF16, BF16, 256),
+    (16, 4, 48, 64, BF16, BF16, 384),
 )
 GATHERED = (1, 48)
 
@@ -289,10 +302,13 @@ def faults(row: dict) -> list[str]:
         wrong.append(f"at most {row['limit']} bytes of shared memory, got {row['shared']}")
     hopper = row["kernel"] in HOPPER
     most = HOPPER_SPILLED.get((row["function"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
-    crowded = "fixed splits" in row["variant"] or row["function"] == "_decode_few_kernel"
+    splits, few = "fixed splits" in row["variant"], row["function"] == "_decode_few_kernel"
+    crowded = splits or few
     converted = row["cache"] in ("fp8", "fp8_ds_mla")
     if crowded and (row["page_size"] in GATHERED or converted):
         most = max(most, GATHER_SPILLED)
+    if few and splits:
+        most = max(most, WIDE_SPLITS_SPILLED if row["query_rows"] > 32 else SPLITS_SPILLED)
     if row["function"] == "_decode_kernel" and converted:
         most = max(most, CONVERT_SPILLED)
     if row["spilled"] > most:
@@ -330,7 +346,7 @@ def decode_variants():
         case.options.update({"split_tokens": split[0]} if split else {})
         yield name, problem_of(geometry, dtype, page_size), partial(launch_case, case=case)
     gluon_sm90._FEW_ROWS = few_rows
-    for heads, query_len, page_size, rope, dtype, cache_dtype in GLUON_SM90_FEW:
+    for heads, query_len, page_size, rope, dtype, cache_dtype, *split in GLUON_SM90_FEW:
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=rope, v_head_dim=128
         )
@@ -339,6 +355,8 @@ def decode_variants():
         case = make_decode(geometry, [70, 4], query_lens=query_len, **options)
         tokens = "ragged" if isinstance(query_len, list) else f"query {query_len}"
         name = f"heads {heads}, {tokens}, page {page_size}, rope {rope}, cache {format_of(cache_dtype).name}"
+        name += ", fixed splits" * bool(split)
+        case.options.update({"split_tokens": split[0]} if split else {})
         problem = problem_of(geometry, dtype, page_size, cache_dtype, case.options["query_len"])
         yield name, problem, partial(launch_case, case=case)
 
@@ -387,6 +405,7 @@ def compile_kernel(operation: str, kernel, device: Device):
         row = {"operation": operation, "kernel": kernel.name, "variant": name, "dtype": str(problem.dtype)}
         row["cache"] = problem.layout.format.name
         row["page_size"] = problem.layout.page_size
+        row["query_rows"] = problem.geometry.num_heads * problem.max_query_len
         if reasons := kernel.unsupported(problem, device):
             yield {**row, "refused": reasons}
             continue

@@ -51,7 +51,7 @@ def check(kernel, case):
     q_latent = case.arrays[0]
     out, lse = torch.full_like(q_latent, torch.nan), torch.full(q_latent.shape[:2], torch.nan)
     rows = case.options["query_len"] * case.geometry.num_heads
-    height = kernel._height(rows)
+    height = kernel._height(rows, case.geometry.num_heads)
     workspace = tuple(
         torch.full(shape, TWO_AND_A_BIT if dtype == torch.int32 else torch.nan, dtype=dtype)
         for shape, dtype in kernel.scratch_shapes(kernel.scratch_rows(rows, height, GPU), GPU)

@@ -150,13 +150,20 @@ def both(kernel):
     check(kernel, with_large_scores())
 
 
-SEES = """tokens + (row0 + i) // N  # position of the query itself: the last key it may see
-            top = gl.full([F]"""
-LATER = "(row0 + i) // N  # position of the query itself: the last key it may see\n            if SPLIT"
+SEES = """sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
+            if SPLIT > 0:
+                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
+                    block, pieces = _attend_piece(
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor,"""
+COLUMNS_SEE, ROWS_SEE = f"{SEES}\n", f"{SEES} rows_factor,"
 READ = "    r = token * N + row + i\n"
 STORE = "    r = token * N + row0 + i\n    at_row = (r // N).to(gl.int64) * stride_t"
 NEXT = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    codes"
 NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
+LAST = """of_query, 1.0)
+    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+    smem.last.store(cache_scale"""
+LAST_ROWS = LAST.replace("of_query", "of_row")
 LSE = "rows_per_slot + row0 + i, row_lse"
 MISTAKES = {
     "the scale is left out of scores": (
@@ -172,10 +179,10 @@ MISTAKES = {
         "convert_layout(power, row_lay)",
         "convert_layout(power * 0 + 1, row_lay)",
     ),
-    "the scale is left out of outputs": ("        smem.last.store(cache_scale", "        smem.last.store(1.0"),
-    "the scale is left out of outputs, rows": ("\n    smem.last.store(cache_scale /", "\n    smem.last.store(1.0 /"),
-    "a query sees one key too many": (SEES, SEES.replace("tokens +", "tokens + 1 +")),
-    "sums are not rescaled": ("return new_top, total * rescale[None, :] + weight", "return new_top, total + weight"),
+    "the scale is left out of outputs": (LAST, LAST.replace("cache_scale", "1.0")),
+    "the scale is left out of outputs, rows": (LAST_ROWS, LAST_ROWS.replace("cache_scale", "1.0")),
+    "a query sees one key too many": (COLUMNS_SEE, COLUMNS_SEE.replace("tokens +", "tokens + 1 +")),
+    "sums are not rescaled": ("gl.fma(total, rescale[None, :], weight)", "total + weight"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
     "codes of the wrong block": (NEXT, NEXT.replace("b + 1", "b")),
     "packed codes of the wrong block": (NEXT_PACKED, NEXT_PACKED.replace("b + 1", "b")),
@@ -187,7 +194,7 @@ MISTAKES = {
     ),
     "every tile reads the first one's queries": (READ, READ.replace("row + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
-    "rows of later tiles see what the first one's do": (LATER, LATER.replace("(row0 + i)", "i")),
+    "rows of later tiles see what the first one's do": (ROWS_SEE, ROWS_SEE.replace("(row0 + i)", "i")),
     "every tile's LSE goes to the first one's": (LSE, LSE.replace("row0 + ", "")),
 }
 

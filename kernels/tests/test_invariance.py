@@ -29,6 +29,7 @@ def geometry(heads, latent, rope):
 @pytest.fixture(scope="module")
 def decoders():
     small = {"geometry": geometry(5, 128, 32), "dtype": torch.float32, "device": "cpu", "split_tokens": SPLIT}
+    columns = build(few_rows=32).run
     large = {"geometry": geometry(2, 512, 64), "dtype": torch.float16, "device": "cpu", "split_tokens": SPLIT}
     return {
         "torch_decode": Decoder(run=torch_decode.run, **small),
@@ -37,6 +38,9 @@ def decoders():
         "torch_decode tile-scaled": Decoder(run=torch_decode.run, **small, packed=True),
         "gluon_sm90": Decoder(run=build().run, **large),
         "gluon_sm90 gathers": Decoder(run=build().run, **large, page_size=48),
+        "gluon_sm90 transposed": Decoder(run=columns, **large),
+        "gluon_sm90 transposed, 20 heads": Decoder(run=columns, **large | {"geometry": geometry(20, 512, 0)}),
+        "gluon_sm90 transposed, gathers": Decoder(run=columns, **large, page_size=48),
     }
 
 
@@ -55,6 +59,7 @@ def rows_alike(monkeypatch):
 
 KERNELS = (
     *("torch_decode", "triton_splitkv", "gluon_sm90", "gluon_sm90 gathers"),
+    *("gluon_sm90 transposed", "gluon_sm90 transposed, 20 heads", "gluon_sm90 transposed, gathers"),
     *("triton_splitkv tile-scaled", "torch_decode tile-scaled"),
 )
 
@@ -70,7 +75,7 @@ def test_same_bits_in_every_way(decode):
     assert differences(decode, tokens, [p for p in EDGES if p < tokens]) == []
 
 
-@pytest.mark.parametrize("kernel", ["torch_decode", "triton_splitkv", "gluon_sm90"])
+@pytest.mark.parametrize("kernel", ["torch_decode", "triton_splitkv", "gluon_sm90", "gluon_sm90 transposed"])
 def test_without_fixed_splits_bits_differ(decoders, kernel):
     """So the test above can fail."""
     assert differences(replace(decoders[kernel], split_tokens=None), TOKENS, [128])
@@ -97,7 +102,7 @@ def test_values_of_an_fp8_cache(kernel, fp8):
     assert_matches("out", out, expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90"])
+@pytest.mark.parametrize("kernel", ["triton_splitkv", "gluon_sm90", "gluon_sm90 transposed"])
 @pytest.mark.parametrize("slots", [5, 6, 10])
 def test_turns_change_no_bit(decoders, kernel, slots):
     """With scratch for the longest request alone, and little more: a batch takes several turns."""

@@ -15,7 +15,8 @@ is over. It is taken for granted that the kernel ahead of ours, if launched so i
 one alone.
 
 The same bits for the same batch, always. In another batch a request has the same bits with `split_tokens` alone: then
-programs share fixed splits (splits.py), each of which is a piece, instead of blocks.
+programs share fixed splits (splits.py), each of which is a piece, instead of blocks; and the number of heads, not of
+query rows, says whether products are transposed.
 """
 
 import torch
@@ -120,9 +121,15 @@ def _decode_kernel(
         )
 
 
-def _height(rows: int, fixed_splits: bool = False) -> int:
+def _transposed(rows: int, heads: int, split_tokens: int | None) -> bool:
+    """Whether queries are columns. With fixed splits the heads alone decide: bits of a query row must not depend on how
+    many query tokens the batch brings."""
+    return (heads if split_tokens else rows) <= _FEW_ROWS
+
+
+def _height(rows: int, heads: int, split_tokens: int | None = None) -> int:
     """Query rows of a tile."""
-    return columns_of(rows) if rows <= _FEW_ROWS and not fixed_splits else ROWS.value
+    return columns_of(rows) if _transposed(rows, heads, split_tokens) else ROWS.value
 
 
 def unsupported(problem, device: Device) -> list[str]:
@@ -138,7 +145,7 @@ def unsupported(problem, device: Device) -> list[str]:
     if geometry.kv_lora_rank != 512 or geometry.qk_rope_head_dim not in (0, 64):
         reasons.append(f"needs latent 512 + rope 64 or 0, got {geometry.kv_lora_rank} + {geometry.qk_rope_head_dim}")
     rows = geometry.num_heads * problem.max_query_len
-    height = _height(rows)
+    height = _height(rows, geometry.num_heads, problem.split_tokens)
     if row_tiles(rows, height) > device.num_sms:
         reasons.append(f"needs heads x query tokens of {height * device.num_sms} or less, got {rows}")
     return reasons
@@ -155,7 +162,7 @@ def workspace(problem, device: Device, *, max_requests: int) -> tuple[tuple[tupl
         most = heads * problem.max_query_len
         return shapes(reserved_rows(most, max_requests, problem.max_seq_len, problem.split_tokens), LATENT.value)
     calls = (heads * tokens for tokens in range(1, problem.max_query_len + 1))
-    return scratch_shapes(max(scratch_rows(rows, _height(rows), device) for rows in calls), device)
+    return scratch_shapes(max(scratch_rows(rows, _height(rows, heads), device) for rows in calls), device)
 
 
 def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[tuple[int, int]]:
@@ -163,10 +170,11 @@ def variants(problem, device: Device, *, max_requests: int, query_lens) -> list[
     `max_requests` requests of any of `query_lens` tokens."""
 
     def forms(requests, query_len):
-        rows = query_len * problem.geometry.num_heads
+        heads = problem.geometry.num_heads
+        rows = query_len * heads
+        height = _height(rows, heads, problem.split_tokens)
         if problem.split_tokens:
-            return (merge_columns(requests, rows, LATENT.value),)
-        height = _height(rows)
+            return height, merge_columns(requests, rows, LATENT.value)
         return height, merge_form(requests, parts_of(rows, height, device), rows)
 
     return reaching_all(forms, max_requests, query_lens)
@@ -212,15 +220,16 @@ def run(
     if prepared.empty:
         return out_TNL, lse_TN
     device, requests = prepared.device, len(seq_lens_B)
-    rows = query_len * q_latent_TNL.shape[1]
-    height = _height(rows, split_tokens is not None)
+    heads = q_latent_TNL.shape[1]
+    rows = query_len * heads
+    height = _height(rows, heads, split_tokens)
     parts = parts_of(rows, height, device)
     if split_tokens is None:
         needed = scratch_shapes(scratch_rows(rows, height, device), device)
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
         if prepared.codes and not prepared.packed:
             decode_codes(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
-        elif height < ROWS.value:
+        elif _transposed(rows, heads, None):
             decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         else:
             _decode_rows(prepared, rows, parts, part, part_lse, plan, cache_scale)
@@ -234,8 +243,11 @@ def run(
         workspace, (rows, LATENT.value), block_table_BM, cache_AGK, split_tokens=split_tokens
     )
     for turn in range(turns.count):
-        blocks = split_tokens // BLOCK.value
-        _decode_rows(prepared, rows, parts, part, part_lse, None, turn=turn, window=turns.window, split=blocks)
+        of_turn = {"turn": turn, "window": turns.window, "split": split_tokens // BLOCK.value}
+        if _transposed(rows, heads, split_tokens):
+            decode_few(prepared, rows, height, parts, part, part_lse, None, **of_turn)
+        else:
+            _decode_rows(prepared, rows, parts, part, part_lse, None, **of_turn)
         merge_splits(
             out_TNL, lse_TN, part, part_lse, seq_lens_B, query_start_B1,
             query_len=query_len, split_tokens=split_tokens, turns=turns, turn=turn, device=device, overlap=True,
