@@ -203,15 +203,27 @@ LEAVES = {
     "tiles": ("device",),
     "triton_piece": ("primitives", "cache_layout"),
     "hopper_load": ("hopper", "schedule"),
-    "hopper_convert": ("hopper", "hopper_load", "schedule"),
+    "hopper_unpack": ("hopper", "hopper_load", "schedule"),
     "hopper_shrink": ("hopper", "hopper_load"),
-    "hopper_decode": ("hopper", "hopper_load", "hopper_shrink", "primitives", "schedule"),
-    "hopper_few": ("hopper", "hopper_decode", "hopper_load", "hopper_shrink", "primitives", "schedule"),
-    "hopper_few_launch": (
-        *("hopper", "hopper_convert", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
+    "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
+    "hopper_columns": ("hopper", "hopper_load"),
+    "hopper_codes_load": ("hopper", "hopper_load", "schedule"),
+    "hopper_codes": ("hopper", "hopper_codes_load", "hopper_columns", "hopper_load", "schedule"),
+    "hopper_few": (
+        *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "primitives"),
         "schedule",
     ),
-    "hopper_launch": ("cache_layout", "device", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
+    "hopper_codes_launch": (
+        *("hopper", "hopper_codes", "hopper_codes_load", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load"),
+        *("launching", "schedule"),
+    ),
+    "hopper_few_launch": (
+        *("hopper", "hopper_unpack", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
+        "schedule",
+    ),
+    "hopper_launch": (
+        *("cache_layout", "device", "hopper_codes_load", "hopper_load", "primitives", "schedule", "split_merge", "tma"),
+    ),
     "hopper_prefill": ("hopper", "hopper_prefill_load", "primitives"),
     "hopper_prefill_load": ("hopper",),
     "tma": ("hopper",),

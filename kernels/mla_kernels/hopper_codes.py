@@ -141,7 +141,7 @@ def _in_order(acc0, acc1, F: gl.constexpr):
 
 @gluon.jit
 def _words(b, u: gl.constexpr, buffer, known, KEYS: gl.constexpr):
-    """Of a half of block `b`, the u-th of the step: [64 keys, 64 words of four columns]; zeros from token `known` on."""
+    """Of a half of block `b`, the u-th of the step: [64 keys, 64 words of four columns]; 0 from token `known` on."""
     words = reinterpret(buffer, gl.int32, [KEYS, HALF // 4], SWIZZLED_WORDS).slice(u * BLOCK, BLOCK, dim=0).load(VALUES)
     if (b + 1) * BLOCK > known:  # what is there may be NaN, and 0 * NaN is NaN
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, VALUES))

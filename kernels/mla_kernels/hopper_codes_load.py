@@ -51,7 +51,9 @@ def _copy_step(
     stage, phase, _ = ring(step, STAGES)
     for half in gl.static_range(2):
         mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
-        _expect(smem.k_full.index(2 * stage + half), b + STEP <= end, STEP, BLOCK * (HALF + (BOX if half * R > 0 else 0)))
+        _expect(
+            smem.k_full.index(2 * stage + half), b + STEP <= end, STEP, BLOCK * (HALF + (BOX if half * R > 0 else 0))
+        )
         for u in gl.static_range(STEP):
             if b + u < end:
                 _copy_block(b + u, pages[u], seq_len, table, cache, smem, stage, half, u * BLOCK, R, PAGE)
@@ -86,9 +88,7 @@ def load_codes(
     row0 = gl.program_id(0) * F
     step = 0
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, _, _, _, _, _ = piece(
-            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
-        )
+        begin, end, seq_len, _, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0)
         table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
         if begin < end:
             # Page numbers are read two steps ahead: nothing below waits for them.
@@ -116,9 +116,7 @@ def gather_codes(
     r = gl.arange(0, BOX, gl.SliceLayout(0, lay))
     step = 0
     for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, _, _, _, _, _ = piece(
-            request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0
-        )
+        begin, end, seq_len, _, _, _, _, _ = piece(request, shared, lengths, gl.program_id(1), row0, 0, N, F, RAGGED, 0)
         table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
         for b in range(begin, end, STEP):
             position = b * BLOCK + t

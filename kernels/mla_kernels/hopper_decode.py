@@ -21,9 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, cp_async, reinterpret, ring
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, cp_async, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
-from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
@@ -147,7 +146,7 @@ def _quad_sums(x):
 
 @gluon.jit
 def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
-    """Softmax weights of a tile's scores.  scale_log2: a number, or one for each row, as [64, 1].
+    """Softmax weights of a tile's scores.
 
     With fixed splits multiply and subtract are one instruction by name. Otherwise the compiler fuses them in one of the
     two places that need weights and not in the other, and whether a row goes through the other is up to all rows.
@@ -157,12 +156,10 @@ def _weights(s, scale_log2, top, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem,
+    b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem,
     R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax weights of block `b`. Returns the rows' references and their sums of weights so far.
-
-    scale_log2, rows_scale: one factor of all scores, twice, or one for each row, as [64] and [64, 1].
 
     The reference may lag behind the largest score by LAZY, so weights need not wait for the maximum and outputs are
     seldom rescaled (as FlashAttention-4 does).
@@ -183,7 +180,7 @@ def _attend_block(
     if (b + 1) * BLOCK > all_see:
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, s_lay))
         s = gl.where(position[None, :] <= sees[:, None], s, float("-inf"))
-    weight = _weights(s, rows_scale, top, SPLIT)
+    weight = _weights(s, scale_log2, top, SPLIT)
     sums = _quad_sums(weight)
     high = gl.max(s, 1) * scale_log2
     grows = high > top + LAZY
@@ -193,7 +190,7 @@ def _attend_block(
     if grew > 0:
         new_top = gl.where(grows, high, top)
         rescale = gl.exp2(top - new_top)
-        weight = _weights(s, rows_scale, new_top, SPLIT)
+        weight = _weights(s, scale_log2, new_top, SPLIT)
         sums = _quad_sums(weight)
         total = total * gl.convert_layout(rescale, gl.SliceLayout(1, total.type.layout))[:, None]
         top = new_top
@@ -207,7 +204,7 @@ def _attend_block(
 
 @gluon.jit
 def _attend_piece(
-    begin, end, slot, block, pieces, sees, all_see, scale_log2, rows_scale, cache_scale, q_s, q_rope, token, row0, rows,
+    begin, end, slot, block, pieces, sees, all_see, scale_log2, cache_scale, q_s, q_rope, token, row0, rows,
     lse, smem,
     N: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
@@ -219,9 +216,7 @@ def _attend_piece(
     top = gl.full([ROWS], NOTHING, gl.float32, row_lay)
     total = _quad_sums(gl.zeros([ROWS, BLOCK], gl.float32, s_lay))
     for b in range(begin, end):
-        top, total = _attend_block(
-            b, top, total, block, sees, all_see, scale_log2, rows_scale, q_s, q_rope, smem, R, GATHER, SPLIT
-        )
+        top, total = _attend_block(b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER, SPLIT)
         block += 1
     sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
     safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
@@ -273,7 +268,6 @@ def attend(
             async_copy.commit_group()
             async_copy.wait_group(0)
             factor = scale_log2 * cache_scale
-            rows_factor = factor
             fence_async_shared()
             barrier()
             q_rope = q_rope_s if PACKED else q_rope_s.load(gl.DotOperandLayout(0, s_lay, 2))
@@ -282,13 +276,13 @@ def attend(
             if SPLIT > 0:
                 for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
                     block, pieces = _attend_piece(
-                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor, rows_factor,
+                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor,
                         cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                     )  # fmt: skip
                     slot += 1
             else:
                 block, pieces = _attend_piece(
-                    begin, end, slot, block, pieces, sees, all_see, factor, rows_factor,
+                    begin, end, slot, block, pieces, sees, all_see, factor,
                     cache_scale, q_s, q_rope, token, row0, rows, lse, smem, N, R, GATHER, SPLIT,
                 )  # fmt: skip
 

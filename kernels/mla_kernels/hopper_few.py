@@ -2,13 +2,13 @@
 
 A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns:
 
-  load_keys, gather_keys or convert_keys   fills k, half a block at a time, when it is empty
-  attend                                   k times query: scores [64 keys, F queries]; softmax weights into `weight`
-  accumulate                               output [512, F] += latent part of k, transposed, times weight
+  load_keys, gather_keys or unpack_keys   fills k, half a block at a time, when it is empty
+  attend                                  k times query: scores [64 keys, F queries]; softmax weights into `weight`
+  accumulate                              output [512, F] += latent part of k, transposed, times weight
 
 So a block takes a quarter or half of the time on the tensor cores that it takes with queries as rows, and accumulators
-fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32, and with fixed
-splits 64 too.
+fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32, with fixed
+splits 64 too. `attend` serves an fp8 cache as well, whose other roles are in hopper_codes.py.
 
 With fixed splits a query has the same bits in tiles of every width and at every place in them. An element of a matrix
 instruction's result is a sum over k in an order that is its own: neither its place nor the other columns are in it, nor
@@ -60,11 +60,7 @@ def _sums(x, KEYS: gl.constexpr, F: gl.constexpr, CODES: gl.constexpr):
 
     Of a 16-bit cache nowhere: with fixed splits sums must be the same whatever F is.
     """
-    if F == 64 and CODES > 0:
-        sums = gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1)
-    else:
-        sums = x.reshape([1, KEYS, F])
-    return sums
+    return gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1) if F == 64 and CODES > 0 else x.reshape([1, KEYS, F])
 
 
 @gluon.jit
@@ -165,9 +161,6 @@ def attend(
         write_plan(plan, shared)
     row0 = gl.program_id(0) * F
     STEP: gl.constexpr = max(CODES, 1)
-    s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * STEP, 1], [16, F, 16])
-    query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
-    i = gl.arange(0, F, query_lay)
     cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
@@ -180,7 +173,9 @@ def attend(
             raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, F, HALF], SWIZZLED)
             raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [F, TILE], SWIZZLED)
             for half in gl.static_range(2):
-                copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, 4 * STEP)
+                copy_q(
+                    raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, 4 * STEP
+                )
             if R > 0:
                 copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE, 4 * STEP)
             async_copy.commit_group()

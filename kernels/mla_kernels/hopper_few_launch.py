@@ -1,7 +1,7 @@
 """The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
 
 Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
-hopper_convert.py has the one that reads an fp8 cache.
+hopper_unpack.py has the one that reads an fp8 cache.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
-from mla_kernels.hopper_convert import unpack_keys
 from mla_kernels.hopper_decode import ROWS, allocate
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
+from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share, share_splits
 

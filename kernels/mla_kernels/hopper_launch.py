@@ -7,7 +7,8 @@ import torch
 
 from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
-from mla_kernels.hopper_load import LATENT
+from mla_kernels.hopper_codes_load import BOX
+from mla_kernels.hopper_load import LATENT, TILE
 from mla_kernels.primitives import E4M3, LOG2_E, cdiv, decode_outputs, require_adjacent
 from mla_kernels.schedule import BLOCK
 from mla_kernels.split_merge import plan_size
@@ -77,7 +78,7 @@ def _form(cache: tuple, q_latent: tuple, q_rope: tuple, table: tuple, codes: boo
         page_rows = stride_page // stride_token
         rows = (pages - 1) * page_rows + page_size
         dtype = torch.int8 if codes else dtype  # as the kernel calls codes
-        box = dtype, (rows, width), stride_token, (min(page_size, BLOCK.value), 128 // dtype.itemsize)
+        box = dtype, (rows, width), stride_token, (min(page_size, BLOCK.value), (BOX if codes else TILE).value)
     queries = [(shape, stride) for shape, strides in (q_latent, q_rope) for stride in strides[:-1]]
     return _Form(
         adjacent=all(strides[-1] == 1 or shape[-1] <= 1 for *_, shape, strides in (cache, q_latent, q_rope, table)),

@@ -30,5 +30,5 @@ def describe(address: int, dtype: torch.dtype, shape: tuple[int, int], row_strid
     Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes.
     """
     memory = _Memory(address, dtype, form=(dtype, box))
-    layout = SWIZZLED_CODES if dtype.itemsize == 1 else SWIZZLED
+    layout = SWIZZLED_CODES if dtype == torch.int8 else SWIZZLED
     return TensorDescriptor(memory, list(shape), [row_stride, 1], list(box), layout.value)

@@ -305,7 +305,8 @@ def _elementwise(function):
 
 
 gl = SimpleNamespace(
-    constexpr=constexpr, static_range=range, float16=np.float16, float32=np.float32, int8=np.int8, int32=np.int32, int64=np.int64,
+    constexpr=constexpr, static_range=range, float16=np.float16, float32=np.float32, int8=np.int8, int32=np.int32,
+    int64=np.int64,
     NVMMASharedLayout=lambda **_: "shared", SwizzledSharedLayout=lambda *_: "shared", BlockedLayout=lambda *_: None,
     NVMMADistributedLayout=lambda *_: None, DistributedLinearLayout=lambda **_: None, SliceLayout=lambda *_: None,
     DotOperandLayout=lambda *_: None, arange=lambda begin, end, layout: _tensor(np.arange(begin, end, dtype=np.int32)),

@@ -12,7 +12,7 @@ from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 MODULES = (
-    *("hopper", "tma", "schedule", "hopper_load", "hopper_convert", "hopper_shrink", "hopper_decode"),
+    *("hopper", "tma", "schedule", "hopper_load", "hopper_unpack", "hopper_shrink", "hopper_decode"),
     *("hopper_columns", "hopper_codes_load", "hopper_codes", "hopper_few", "hopper_launch", "hopper_few_launch"),
     *("hopper_codes_launch", "decode.gluon_sm90"),
 )
@@ -94,9 +94,9 @@ def test_few_rows_are_columns(kernel):
         assert all(equal) != transposed, (heads, query_len)
 
 
-def with_large_scores():
+def with_large_scores(**options):
     """Scores that grow by more than the softmax lets its reference lag behind, again and again."""
-    case = make(16, [1400, 30])
+    case = make(16, [1400, 30], **options)
     case.options["scale"] *= 8
     return case
 

@@ -86,8 +86,8 @@ def test_every_code_of_packed_rows(kernel, heads):
     assert torch.equal(out[0], wanted.to(out.dtype).expand(heads, -1))
 
 
-def test_large_scores(kernel):
-    check(kernel, with_large_scores())
+def test_large_scores(kernel, cache):
+    check(kernel, with_large_scores(**cache))
 
 
 def test_query_tokens_before_the_sequence_see_nothing(kernel, cache):
@@ -147,55 +147,45 @@ def both(kernel):
     check(kernel, make(10, [700, 30], query_lens=[4, 3], page_size=48, **CACHES["fp8 with a scale"]))
     check(kernel, make(50, [200, 30], query_lens=2, **CACHES["fp8 with a scale"]))
     check(kernel, make(3, [700, 30], page_size=48, **PACKED))
+    check(kernel, make(3, [700, 30], **CACHES["fp8"]))
     check(kernel, with_large_scores())
+    check(kernel, with_large_scores(**FP8))
 
 
-SEES = """sees = seq_len - tokens + (row0 + i) // N  # position of the query itself: the last key it may see
-            if SPLIT > 0:
-                for split in range(begin, gl.maximum(end, begin + 1), SPLIT):  # one of no blocks if there is no key
-                    block, pieces = _attend_piece(
-                        split, gl.minimum(split + SPLIT, end), slot, block, pieces, sees, all_see, factor,"""
-COLUMNS_SEE, ROWS_SEE = f"{SEES}\n", f"{SEES} rows_factor,"
-READ = "    r = token * N + row + i\n"
-STORE = "    r = token * N + row0 + i\n    at_row = (r // N).to(gl.int64) * stride_t"
-NEXT = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    codes"
 NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
-LAST = """of_query, 1.0)
-    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(cache_scale"""
-LAST_ROWS = LAST.replace("of_query", "of_row")
-LSE = "rows_per_slot + row0 + i, row_lse"
+SCALE = "factor = scale_log2 * cache_scale\n            if CODES"
+LAST = "sum_of_query, 1.0)\n    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n    smem.last.store(cache_scale"
+READ, STORE = "    r = token * N + row0 + i\n    offset", "gl.SliceLayout(0, lay))\n    r = token * N + row0 + i"
+ORDER = "words.reshape([F, TILE // 16, 4, 2]).permute((0, 1, 3, 2))"
 MISTAKES = {
-    "the scale is left out of scores": (
-        "columns_factor = factor[None",
-        "columns_factor = (factor / cache_scale)[None",
-    ),
-    "powers of queries are left out of scores": (
-        "convert_layout(power, query_lay)",
-        "convert_layout(power * 0 + 1, query_lay)",
-    ),
-    "the scale is left out of scores, rows": ("rows_factor = factor[:", "rows_factor = (factor / cache_scale)[:"),
-    "powers of queries are left out of scores, rows": (
-        "convert_layout(power, row_lay)",
-        "convert_layout(power * 0 + 1, row_lay)",
-    ),
+    "the scale is left out of scores": (SCALE, SCALE.replace("* cache_scale", "* 1.0")),
+    "powers of queries are left out of scores": ("factor *= shrink_q", "shrink_q"),
     "the scale is left out of outputs": (LAST, LAST.replace("cache_scale", "1.0")),
-    "the scale is left out of outputs, rows": (LAST_ROWS, LAST_ROWS.replace("cache_scale", "1.0")),
-    "a query sees one key too many": (COLUMNS_SEE, COLUMNS_SEE.replace("tokens +", "tokens + 1 +")),
-    "sums are not rescaled": ("gl.fma(total, rescale[None, :], weight)", "total + weight"),
+    "a query sees one key too many": ("first_query + row // N", "first_query + 1 + row // N"),
+    "a part sees what is behind its last block": ("known = gl.minimum(seq_len, end * BLOCK)  #", "known = seq_len  #"),
+    "a part adds what is behind its last block": ("known = gl.minimum(seq_len, end * BLOCK)\n", "known = seq_len\n"),
+    "sums are not rescaled": ("total = total * rescale[None, None, :]", "pass"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
-    "codes of the wrong block": (NEXT, NEXT.replace("b + 1", "b")),
+    "outputs of codes are not rescaled": (
+        "rescale = smem.factor.load(gl.SliceLayout(0, o_lay))[None, :]",
+        "rescale = 1.0",
+    ),
+    "columns of queries are not in the order of keys'": (ORDER, ORDER.replace("3, 2))", "2, 3))")),
+    "columns of a word change places": ("0x7362", "0x5140"),
+    "a step's blocks come from one page": ("pages[u]", "pages[0]"),
+    "a step's second block has the weights of the first": ("smem.weight.slice(u * BLOCK", "smem.weight.slice(0"),
+    "a step's second block has the values of the first": ("].slice(u * BLOCK".replace("]", ")"), ").slice(0"),
     "packed codes of the wrong block": (NEXT_PACKED, NEXT_PACKED.replace("b + 1", "b")),
     "every tile's scale is the first one's": ("_scale(row, 2 * half + 1, real)", "_scale(row, 2 * half, real)"),
     "rotary values of packed rows are read as float16": ("if buffer.dtype == gl.float16:", "if False:"),
     "the last rows' columns are shifted": (
-        "_store(acc1, out_ptr + HALF, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
-        "_store(acc1, out_ptr, row0, rows, token, stride_out_t, stride_out_n, N, F, 8)",
+        "_write_half(acc2 * last, acc3 * last, 1",
+        "_write_half(acc2 * last, acc3 * last, 0",
     ),
-    "every tile reads the first one's queries": (READ, READ.replace("row + ", "")),
+    "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
-    "rows of later tiles see what the first one's do": (ROWS_SEE, ROWS_SEE.replace("(row0 + i)", "i")),
-    "every tile's LSE goes to the first one's": (LSE, LSE.replace("row0 + ", "")),
+    "rows of later tiles see what the first one's do": ("row = row0 + (uniform", "row = (uniform"),
+    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, query_lse", "rows_per_slot + i, query_lse"),
 }
 
 

@@ -5,7 +5,7 @@
      rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
-     An fp8 cache is not copied but converted to float16 on its way, by one warpgroup or two (hopper_convert.py).
+     An fp8 cache is not copied but converted to float16 on its way, by one warpgroup or two (hopper_unpack.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
 
 Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
@@ -27,11 +27,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
 from mla_kernels.hopper_codes_launch import decode_codes
-from mla_kernels.hopper_convert import unpack_keys
 from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
+from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.primitives import E4M3, reaching_all, scratch
 from mla_kernels.schedule import BLOCK, share, share_splits

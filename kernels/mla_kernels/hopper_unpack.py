@@ -1,4 +1,4 @@
-"""The role of Hopper decode kernels that reads an fp8 cache: codes into registers, values into shared memory."""
+"""The role of Hopper decode kernels that reads packed rows: codes into registers, values into shared memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -8,17 +8,8 @@ from mla_kernels.hopper import SWIZZLED_WORDS, cp_async, reinterpret, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.schedule import BLOCK, piece
 
-# Four e4m3 codes of a word to two words of two float16: exact, and NaN stays NaN. There are 64 such conversions a clock
-# and SM, but 16 to bfloat16 (FlashMLA's notes on its fp8 kernel); by moving bits that took an H200 5200 clocks a block.
-TO_FLOAT16 = gl.constexpr("""{
-.reg .b16 low, high;
-mov.b32 {low, high}, $2;
-cvt.rn.f16x2.e4m3x2 $0, low;
-cvt.rn.f16x2.e4m3x2 $1, high;
-}""")
-
-# The same times a float32, to words of two float16 or bfloat16, rounded once: a product is exact in bfloat16 if the
-# factor is a power of two.
+# Four e4m3 codes of a word, each times a float32, to two words of two float16 or bfloat16, rounded once: a product is
+# exact in bfloat16 if the factor is a power of two.
 _SCALED = """{
 .reg .b16 low, high, a, b, c, d;
 .reg .b32 x, y;
@@ -61,16 +52,6 @@ SECTOR = gl.constexpr(8)  # words of 32 bytes
 # Of a packed row, in words: a tile that has a scale of its own, and where rotary values begin.
 TILE_WORDS, ROPE_AT = gl.constexpr(32), gl.constexpr(132)
 AHEAD = gl.constexpr(True)  # whether rows are prefetched: 128 x 4096 x 64 heads took an H200 203 us without, 170 with
-
-
-@gluon.jit
-def _put(buffer, codes):
-    """Write words of four e4m3 codes, [rows, words], into a buffer of float16."""
-    low, high = gl.inline_asm_elementwise(
-        TO_FLOAT16, "=r,=r,r", [codes], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )  # fmt: skip
-    words = reinterpret(buffer, gl.int32, [codes.shape[0], 2 * codes.shape[1]], SWIZZLED_WORDS)
-    words.store(gl.join(low, high).reshape([codes.shape[0], 2 * codes.shape[1]]))
 
 
 @gluon.jit
@@ -118,13 +99,10 @@ def _prefetch(row, first, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch_halves(row, R: gl.constexpr, PACKED: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
+def _prefetch_halves(row, R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
     _prefetch(row, FIRST * HALF // 4, (LAST - FIRST) * HALF // 4 // SECTOR)
     if LAST == 2:
-        if PACKED:
-            _prefetch(row, LATENT // 4, 5 if R > 0 else 1)  # scales, rope
-        elif R > 0:
-            _prefetch(row, LATENT // 4, TILE // 4 // SECTOR)
+        _prefetch(row, LATENT // 4, 5 if R > 0 else 1)  # scales, rope
 
 
 @gluon.jit
@@ -162,65 +140,16 @@ def _finish_rope(buffer, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def convert_keys(
+def unpack_keys(
     cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
     FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: halves FIRST to LAST - 1 of an fp8 cache's rows as float16, without its scale.
+    """Four warps: halves FIRST to LAST - 1 of packed rows (cache_layout.PackedRow), scaled, in the queries' dtype.
 
     A half is on its way from memory, in registers, while whoever takes it is waited for. It comes from L2: the next
     block's rows are already asked for. Whoever takes it has to fence, since a fence waits for all that a thread has on
     its way, which would be rows and prefetches here.
     """
-    shared, lengths = work
-    row0 = gl.program_id(0) * ROWS
-    lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    t = gl.arange(0, BLOCK, gl.SliceLayout(1, lay))
-    w = gl.arange(0, HALF // 4, gl.SliceLayout(0, lay))
-    w_rope = gl.arange(0, TILE // 4, gl.SliceLayout(0, lay))
-    block = 0
-    for request in range(shared[0], shared[2] + 1):
-        begin, end, seq_len, _, _, _, _, _ = piece(
-            request, shared, lengths, gl.program_id(1), row0, 0, N, ROWS, RAGGED, 0
-        )
-        table = cache.table_ptr + request.to(gl.int64) * cache.stride_table
-        page, real = _page_of(begin, end, t, seq_len, table, PAGE)
-        next_page, next_real = _page_of(begin + 1, end, t, seq_len, table, PAGE)
-        row = _row_of(cache, page, begin, t, PAGE)
-        codes = _codes(row, FIRST * HALF // 4, w, real)
-        rope = _codes(row, LATENT // 4, w_rope, real & (R > 0) & (FIRST == 1))
-        if AHEAD and begin + 1 < end:
-            _prefetch_halves(_row_of(cache, next_page, begin + 1, t, PAGE), R, False, FIRST, LAST)
-        for b in range(begin, end):
-            stage, phase, _ = ring(block)
-            after_page, after_real = _page_of(b + 2, end, t, seq_len, table, PAGE)
-            for half in gl.static_range(FIRST, LAST):
-                mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
-                _put(smem.k.index(2 * stage + half), codes)
-                if half == 1 and R > 0:
-                    _put(smem.k_rope.index(stage), rope)
-                mbarrier.arrive(smem.k_full.index(2 * stage + half), count=1)
-                if half + 1 < LAST:
-                    codes = _codes(row, (half + 1) * HALF // 4, w, real)
-                    rope = _codes(row, LATENT // 4, w_rope, real & (R > 0))
-                else:
-                    row = _row_of(cache, next_page, b + 1, t, PAGE)
-                    codes = _codes(row, FIRST * HALF // 4, w, next_real)
-                    rope = _codes(row, LATENT // 4, w_rope, next_real & (R > 0) & (FIRST == 1))
-            real = next_real
-            next_page = after_page
-            next_real = after_real
-            if AHEAD and b + 2 < end:
-                _prefetch_halves(_row_of(cache, next_page, b + 2, t, PAGE), R, False, FIRST, LAST)
-            block += 1
-
-
-@gluon.jit
-def unpack_keys(
-    cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
-    FIRST: gl.constexpr, LAST: gl.constexpr,
-):  # fmt: skip
-    """Four warps: the same of packed rows (cache_layout.PackedRow), in the dtype of the queries, scaled."""
     shared, lengths = work
     row0 = gl.program_id(0) * ROWS
     lay: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
@@ -237,7 +166,7 @@ def unpack_keys(
         row = _row_of(cache, page, begin, t, PAGE)
         codes0, codes1, scale0, scale1 = _packed_half(row, FIRST, w, real)
         if AHEAD and begin + 1 < end:
-            _prefetch_halves(_row_of(cache, next_page, begin + 1, t, PAGE), R, True, FIRST, LAST)
+            _prefetch_halves(_row_of(cache, next_page, begin + 1, t, PAGE), R, FIRST, LAST)
         for b in range(begin, end):
             stage, phase, _ = ring(block)
             after_page, after_real = _page_of(b + 2, end, t, seq_len, table, PAGE)
@@ -259,5 +188,5 @@ def unpack_keys(
             next_page = after_page
             next_real = after_real
             if AHEAD and b + 2 < end:
-                _prefetch_halves(_row_of(cache, next_page, b + 2, t, PAGE), R, True, FIRST, LAST)
+                _prefetch_halves(_row_of(cache, next_page, b + 2, t, PAGE), R, FIRST, LAST)
             block += 1
