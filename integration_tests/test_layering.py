@@ -193,6 +193,8 @@ LEAVES = {
     "primitives": ("geometry", "device", "cache_layout"),
     "packed_rows": ("cache_layout",),
     "bfloat16": (),
+    "float32": (),
+    "cpu_attention": ("bfloat16", "float32"),
     "flashinfer_calls": ("device",),
     "hopper": ("device",),
     "schedule": ("hopper",),

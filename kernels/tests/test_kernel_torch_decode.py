@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of
-from mla_kernels.bfloat16 import exact_products, multiplies_bfloat16
+from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, cpu_attention, format_of
+from mla_kernels.bfloat16 import exact_product, multiplies_bfloat16
 from mla_kernels.decode import torch_decode
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, PagedCase, assert_matches, make_decode
 
@@ -74,7 +74,7 @@ def test_long_requests_take_turns(monkeypatch, query_lens, dtype, threads, page_
     end."""
     monkeypatch.setattr(torch_decode, "_AT_ONCE", 400 * 96 * dtype.itemsize)
     monkeypatch.setattr(torch_decode, "_FEW", 200)
-    monkeypatch.setattr(torch_decode, "_PIECE", 16)
+    monkeypatch.setattr(cpu_attention, "PIECE", 16)
     lengths = [401, 385, 900, 1201, 37, 400]
     check(make_decode(geometry(), lengths, query_lens=query_lens, dtype=dtype, page_size=page_size))
 
@@ -84,7 +84,7 @@ def test_long_requests_take_turns(monkeypatch, query_lens, dtype, threads, page_
 def test_requests_of_like_length_go_together(monkeypatch, query_lens, dtype, threads):
     """In another order than theirs; each answer is its own."""
     monkeypatch.setattr(torch_decode, "_FEW", 100)
-    monkeypatch.setattr(torch_decode, "_PIECE", 16)
+    monkeypatch.setattr(cpu_attention, "PIECE", 16)
     groups = []
     split = torch_decode._groups
     monkeypatch.setattr(torch_decode, "_groups", lambda *args: groups.extend(split(*args)) or iter(list(groups)))
@@ -112,7 +112,7 @@ def test_products_of_bfloat16_keep_what_rounding_takes():
     q, k = (torch.randn(3, rows, 576).bfloat16() * 3 for rows in (16, 300))
     wanted = torch.bmm(q.double(), k.double().mT)
     rounded = (torch.bmm(q, k.mT).double() - wanted).abs().max()
-    assert (exact_products(q, k.mT) - wanted).abs().max() < rounded / 200
+    assert (exact_product(q, k.mT) - wanted).abs().max() < rounded / 200
     assert not multiplies_bfloat16(torch.bfloat16, torch.float32)
 
 

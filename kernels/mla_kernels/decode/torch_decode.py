@@ -1,11 +1,11 @@
 """Absorbed decode over the paged latent cache in plain torch, for CPU tensors.
 
-Requests of like length are a batch of matrices, at most _AT_ONCE cached rows of them at a time:
-  1. their pages are copied side by side, as float32, those of an fp8 cache times its scale, or those of its tiles;
+Long requests go one by one, short ones of like length as a batch of matrices, at most _AT_ONCE bytes of rows at a time:
+  1. their pages are copied side by side, those of an fp8 cache times its scale, or those of its tiles;
   2. all query tokens and heads of a request are rows of one product with them, followed by a softmax;
   3. the latent part of the same rows is what the weights sum up.
-PyTorch's attention for CPUs does the last two, block by block. Where a processor multiplies bfloat16 itself, nothing is
-converted and there are three plain products (_attend_bfloat16).
+Where a processor multiplies bfloat16 itself, nothing is converted; elsewhere rows become float32. cpu_attention.py has
+the last two.
 With `split_tokens` each query token is by itself: a matrix product of other dimensions may have other bits.
 """
 
@@ -16,18 +16,28 @@ from typing import NamedTuple
 
 import torch
 
-from mla_kernels.bfloat16 import exact_products, multiplies_bfloat16
+from mla_kernels.bfloat16 import multiplies_bfloat16
+from mla_kernels.cpu_attention import (
+    Hidden,
+    attend_bfloat16,
+    attend_one,
+    attend_together,
+    merged,
+    pieces_of,
+)
 from mla_kernels.packed_rows import unpack
 
 # Shape suffixes: T query tokens, B requests, N heads, L latent, R rope, K = L + R, A pages in the pool, G tokens a
 # page, M pages a request, S cached tokens of a request. Of a group: D requests, E query tokens of each, Q = E x N query
-# rows of each, P pieces of each's keys.
+# rows of each.
 
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
-_WASTE = 1.25  # rows of a group, each request as long as the longest, over those that are there
-_FEW = 1024  # rows of a group below which four products of bfloat16 take longer than PyTorch's attention
-_UNIT = 128  # keys of such products are a multiple of so many, at most
-_PIECE = 128  # keys of a piece, at least, where keys are divided among threads
+_WASTE = (
+    256  # rows of a group, each request as long as the longest, beyond those that are there; less than one call costs
+)
+_ALONE = 192  # cached tokens for each thread from which products of one request keep all threads busy
+_FEW = 256  # rows of a group below which products of bfloat16 take longer than those of float32
+_UNIT = 128  # keys of products are a multiple of so many, at most
 
 
 def unsupported(problem, device) -> list[str]:
@@ -48,15 +58,37 @@ class _Request(NamedTuple):
     seq_len: int
 
 
-def _groups(requests: Sequence[_Request], page_size: int, most: int) -> Iterator[list[_Request]]:
+def _requests(query_start_B1, query_len: int, seq_lens_B, tokens: int) -> list[_Request]:
+    """Those that have query tokens, of which there are so many in all, and cached ones."""
+    batch = len(seq_lens_B)
+    if query_start_B1 is not None:
+        start = query_start_B1.tolist()
+    elif tokens == batch * query_len:
+        start = range(0, tokens + 1, query_len)
+    else:
+        raise ValueError(f"{batch} requests of {query_len} query tokens need {batch * query_len} queries, got {tokens}")
+    return [
+        _Request(b, start[b], start[b + 1] - start[b], seq_len)
+        for b, seq_len in enumerate(seq_lens_B.tolist())
+        if seq_len > 0 and start[b + 1] > start[b]
+    ]
+
+
+def _check_table(block_table_BM, page_size: int, requests: Sequence[_Request]) -> None:
+    longest, pages = max((one.seq_len for one in requests), default=0), block_table_BM.shape[1]
+    if longest > pages * page_size:
+        raise ValueError(f"{longest} cached tokens need {-(-longest // page_size)} pages, got {pages}")
+
+
+def _groups(requests: Sequence[_Request], page_size: int, most: int, alone: int) -> Iterator[list[_Request]]:
     """Requests with as many query tokens each and about as many cached ones, the longest last; together at most `most`
-    rows, or one request."""
+    rows, or one request. Those of `alone` cached tokens are one each."""
     group: list[_Request] = []
     total = 0
     for one in sorted(requests, key=lambda request: (request.tokens, request.seq_len)):
         rows = (len(group) + 1) * -(-one.seq_len // page_size) * page_size
-        alike = group and one.tokens == group[0].tokens and rows <= _WASTE * (total + one.seq_len) + page_size
-        if group and not (alike and rows <= most):
+        alike = group and one.tokens == group[0].tokens and rows <= total + one.seq_len + _WASTE
+        if group and not (alike and rows <= most and one.seq_len < alone):
             yield group
             group, total = [], 0
         group.append(one)
@@ -91,7 +123,9 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
         wanted_DM = torch.arange(page, page + pages).minimum(torch.tensor(last_D)[:, None])
         page_DM = table_DM.gather(1, wanted_DM)
     page_XGK = _values(_pages(cache_AGK, page_DM.reshape(-1)), values)
-    row_DSK = page_XGK.reshape(len(length_D), -1, values)[:, :rows].to(dtype)
+    row_DSK = page_XGK.reshape(len(length_D), -1, values).to(dtype)
+    if pages * page_size > rows:
+        row_DSK = row_DSK[:, :rows]
     if cache_scale is not None:
         row_DSK *= cache_scale
     for d, length in enumerate(length_D):
@@ -100,85 +134,10 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
     return row_DSK
 
 
-def _hidden(last_D: list[int], length_D: list[int], tokens: int, keys: int):
-    """[D, E, S]: which of so many keys a query token does not see; None if they see all.
-
-    last_D: keys that the last of a request's query tokens may see; each before it sees one less.
-    length_D: keys that are there.
-    """
-    if min(min(last_D) - tokens + 1, *length_D) >= keys:
-        return None
-    sees_DE = torch.tensor(last_D)[:, None] + torch.arange(1 - tokens, 1)
-    return torch.arange(keys) >= sees_DE.minimum(torch.tensor(length_D)[:, None])[..., None]
-
-
 def _unit(keys: int, page_size: int) -> int:
     """What the keys of such products are made a multiple of: PyTorch compiles one of new dimensions first, for half a
     millisecond. An eighth of them at most, but whole pages, so that a batch's matrices lie one behind the other."""
     return max(page_size, 16, min(_UNIT, 1 << (keys // 8).bit_length() - 1)) if keys >= 16 else page_size
-
-
-def _attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden_DES):
-    """As `_attend`, of bfloat16 rows. Weights are rounded to bfloat16, nothing else is."""
-    score_DQS = exact_products(q_DQK, row_DSK.mT).mul_(scale)
-    if hidden_DES is not None:
-        score_DENS = score_DQS.unflatten(1, (hidden_DES.shape[1], -1))
-        score_DENS.masked_fill_(hidden_DES[:, :, None], -torch.inf)
-    top_DQ1 = score_DQS.amax(-1, keepdim=True)
-    weight_DQS = score_DQS.softmax(-1)
-    lse_DQ1 = top_DQ1 - weight_DQS.amax(-1, keepdim=True).log_()  # the largest weight is exp(top - lse)
-    blind_DQ1 = top_DQ1 == -torch.inf  # sees nothing: softmax is NaN
-    weight_DQS.masked_fill_(blind_DQ1, 0.0)
-    lse_DQ1.masked_fill_(blind_DQ1, -torch.inf)
-    return exact_products(weight_DQS.to(row_DSK.dtype), row_DSK[..., :width]), lse_DQ1.squeeze(-1)
-
-
-def _pieces(requests: int, rows: int, keys: int) -> int:
-    """Pieces of each request's keys, so that every thread has something to do: PyTorch divides its attention by
-    requests and by query rows."""
-    idle = torch.get_num_threads() // (requests * -(-rows // 32))
-    return max(1, min(idle, keys // _PIECE))
-
-
-def _attend(q_DQK, row_DSK, width: int, scale: float, hidden_DES, *, pieces: int):
-    """Softmax attention of every request over its rows, in so many pieces. Returns out_DQL and lse_DQ; L is `width`.
-
-    Rows are values too, whole: PyTorch's attention wants keys and values of one width, and the rest is dropped.
-    Where all scores overflow to -inf, its LSE is not the reference's but finite.
-    """
-    requests, rows, values = q_DQK.shape
-    k_X1SK = row_DSK.reshape(requests * pieces, 1, -1, values)
-    q_X1QK = q_DQK[:, None].expand(-1, pieces, -1, -1).reshape(requests * pieces, 1, rows, values)
-    hidden_DPQS = None if hidden_DES is None else _of_rows(hidden_DES, pieces, rows)
-    mask_X1QS = None
-    if hidden_DES is not None:
-        mask_DPQS = torch.zeros(hidden_DPQS.shape, dtype=q_DQK.dtype).masked_fill_(hidden_DPQS, -torch.inf)
-        mask_X1QS = mask_DPQS.flatten(0, 1)[:, None]
-    out_X1QK, lse_X1Q = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_X1QK, k_X1SK, k_X1SK, attn_mask=mask_X1QS, scale=scale
-    )
-    out_DPQL = out_X1QK.view(requests, pieces, rows, values)[..., :width]
-    lse_DPQ = lse_X1Q.view(requests, pieces, rows)
-    if hidden_DES is not None:
-        blind_DPQ = hidden_DPQS.all(-1)
-        out_DPQL = out_DPQL.masked_fill(blind_DPQ[..., None], 0.0)
-        lse_DPQ = lse_DPQ.masked_fill(blind_DPQ, -torch.inf)
-    return _merged(out_DPQL, lse_DPQ)
-
-
-def _of_rows(hidden_DES, pieces: int, rows: int):
-    """[D, P, Q, S of a piece]: the same for every query row and piece of the keys."""
-    hidden_DEPS = hidden_DES.unflatten(2, (pieces, -1))
-    return hidden_DEPS.transpose(1, 2).repeat_interleave(rows // hidden_DES.shape[1], 2)
-
-
-def _merged(out_DPQL, lse_DPQ):
-    """Answers over pieces of the keys as one."""
-    if out_DPQL.shape[1] == 1:
-        return out_DPQL[:, 0], lse_DPQ[:, 0]
-    lse_DQ = lse_DPQ.logsumexp(1)
-    weight_DPQ = (lse_DPQ - lse_DQ[:, None]).exp_().nan_to_num_(0.0)  # -inf - -inf: a query that sees nothing
-    return (out_DPQL * weight_DPQ[..., None]).sum(1), lse_DQ
 
 
 def _at(numbers: list[int]):
@@ -188,39 +147,54 @@ def _at(numbers: list[int]):
     return torch.tensor(numbers)
 
 
+def _way(q_DQK, keys: int, page_size: int, final: bool):
+    """A function of cpu_attention.py for requests of so many keys, in the dtype of their queries, and what the keys are
+    made a multiple of."""
+    if len(q_DQK) == 1:
+        return functools.partial(attend_one, final=final), _unit(keys, page_size)
+    if q_DQK.dtype == torch.bfloat16:
+        return functools.partial(attend_bfloat16, final=final), _unit(keys, page_size)
+    pieces = pieces_of(*q_DQK.shape[:2], keys)
+    return functools.partial(attend_together, pieces=pieces), math.lcm(page_size, pieces)
+
+
+def _query_tokens(group: list[_Request]):
+    """An index of theirs."""
+    return _at([token for one in group for token in range(one.first, one.first + one.tokens)])
+
+
 def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale: float, cache_scale, most: int):
-    """out_DQL and lse_DQ of a group, whose rows are copied in the dtype of its queries. A request that is one by itself
-    may take several turns, of at most `most` rows."""
-    page_size, tokens, (requests, rows, values) = cache_AGK.shape[1], group[0].tokens, q_DQK.shape
-    fast = q_DQK.dtype == torch.bfloat16 and requests * group[-1].seq_len >= _FEW
-    turn = max(1, most // page_size) * page_size
+    """out_DQL and lse_DQ of a group, without D if it is one request, whose rows are copied in the dtype of its queries.
+    A request that is one by itself may take several turns, of at most `most` rows."""
+    page_size, tokens, values = cache_AGK.shape[1], group[0].tokens, q_DQK.shape[-1]
+    longest, turn = group[-1].seq_len, max(1, most // page_size) * page_size
     parts = []
-    for first in range(0, group[-1].seq_len, turn):
+    for first in range(0, longest, turn):
         lengths = [min(turn, one.seq_len - first) for one in group]
-        pieces = 1 if fast else _pieces(requests, rows, lengths[-1])
-        unit = _unit(lengths[-1], page_size) if fast else pieces if requests == 1 else math.lcm(page_size, pieces)
+        attend, unit = _way(q_DQK, lengths[-1], page_size, final=longest <= turn)
         keys = -(-lengths[-1] // unit) * unit
         row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, q_DQK.dtype, cache_scale)
-        attend = _attend_bfloat16 if fast else functools.partial(_attend, pieces=pieces)
-        hidden_DES = _hidden([one.seq_len - first for one in group], lengths, tokens, keys)
-        parts.append(attend(q_DQK, row_DSK, width, scale, hidden_DES))
+        hidden = Hidden([one.seq_len - first for one in group], lengths, tokens, keys)
+        mine = (q_DQK, row_DSK) if len(group) > 1 else (q_DQK[0], row_DSK[0])
+        parts.append(attend(*mine, width, scale, hidden))
     if len(parts) == 1:
         return parts[0]
-    return _merged(*(torch.stack(part, 1) for part in zip(*parts, strict=True)))
+    out_DQL, lse_DQ = zip(*parts, strict=True)
+    return merged(torch.stack(out_DQL, -3), torch.stack(lse_DQ, -2))
 
 
-def _attend_in_splits(q_TNK, row_SK, width: int, scale: float, split_tokens: int):
-    """Softmax attention of one request, whose queries are its last tokens. Every product is of one query token and one
-    split, zeros behind the last key, so that all calls are alike."""
-    tokens, (seq_len, row_elements) = len(q_TNK), row_SK.shape
-    padded_SK = row_SK.new_zeros(-(-seq_len // split_tokens) * split_tokens, row_elements)
-    padded_SK[:seq_len] = row_SK
+def _answer_in_splits(
+    group: list[_Request], q_1QK, cache_AGK, table_1M, width: int, scale: float, cache_scale, most, *, split_tokens: int
+):
+    """As `_answer`, of one request. Every product is of one query token and one split, zeros behind the last key, so
+    that all calls are alike."""
+    ((_, _, tokens, seq_len),) = group
+    rows = -(-seq_len // split_tokens) * split_tokens
+    (row_SK,) = _rows(cache_AGK, table_1M, [seq_len], 0, rows, q_1QK.shape[-1], q_1QK.dtype, cache_scale)
     visible = range(seq_len - tokens + 1, seq_len + 1)
     answers = [
-        _merge(
-            _split_answers(q_NK.clone(), padded_SK, width, scale, split_tokens, keys), q_NK.new_zeros(len(q_NK), width)
-        )
-        for q_NK, keys in zip(q_TNK, visible, strict=True)
+        _merge(_split_answers(q_NK.clone(), row_SK, width, scale, split_tokens, keys), q_NK.new_zeros(len(q_NK), width))
+        for q_NK, keys in zip(q_1QK[0].unflatten(0, (tokens, -1)), visible, strict=True)
     ]
     out_TNL, lse_TN = zip(*answers, strict=True)
     return torch.stack(out_TNL), torch.stack(lse_TN)
@@ -269,48 +243,35 @@ def run(
     split_tokens=None,
 ):
     """Same contract as reference.decode."""
-    (tokens, heads, width), batch = q_latent_TNL.shape, len(seq_lens_B)
-    page_size = cache_AGK.shape[1]
-    if query_start_B1 is not None:
-        start = query_start_B1.tolist()
-    elif tokens == batch * query_len:
-        start = range(0, tokens + 1, query_len)
-    else:
-        raise ValueError(f"{batch} requests of {query_len} query tokens need {batch * query_len} queries, got {tokens}")
-    acc = torch.promote_types(q_latent_TNL.dtype, torch.float32)
-    if out_TNL is None:
-        out_TNL = torch.empty_like(q_latent_TNL)
-    if lse_TN is None:
-        lse_TN = q_latent_TNL.new_empty(q_latent_TNL.shape[:2], dtype=acc)
-    requests = [
-        _Request(b, start[b], start[b + 1] - start[b], seq_len)
-        for b, seq_len in enumerate(seq_lens_B.tolist())
-        if seq_len > 0 and start[b + 1] > start[b]
-    ]
-    longest = max((one.seq_len for one in requests), default=0)
-    if longest > block_table_BM.shape[1] * page_size:
-        raise ValueError(
-            f"{longest} cached tokens need {-(-longest // page_size)} pages, got {block_table_BM.shape[1]}"
-        )
+    tokens, heads, width = q_latent_TNL.shape
+    requests = _requests(query_start_B1, query_len, seq_lens_B, tokens)
+    _check_table(block_table_BM, cache_AGK.shape[1], requests)
+    q_TNK = torch.cat([q_latent_TNL, q_rope_TNR], -1)
+    acc = torch.promote_types(q_TNK.dtype, torch.float32)
+    dtype = q_TNK.dtype if split_tokens is None and multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype) else acc
+    most = _AT_ONCE // (q_TNK.shape[-1] * dtype.itemsize)
+    answer = _answer if split_tokens is None else functools.partial(_answer_in_splits, split_tokens=split_tokens)
+
+    def answer_of(mine, group: list[_Request]):
+        """out_TNL and lse_TN of its query tokens, in any dtype."""
+        q_DQK = q_TNK[mine].view(len(group), -1, q_TNK.shape[-1])
+        few = len(group) * group[-1].seq_len < _FEW
+        table_DM = block_table_BM[_at([one.number for one in group])]
+        rows = q_DQK.to(acc if few else dtype), cache_AGK, table_DM, width, scale, cache_scale
+        out_DQL, lse_DQ = answer(group, *rows, most)
+        return out_DQL.reshape(-1, heads, width), lse_DQ.reshape(-1, heads)
+
+    alone = 1 if split_tokens else _ALONE * torch.get_num_threads() if dtype == acc else most
+    groups = [(_query_tokens(group), group) for group in _groups(requests, cache_AGK.shape[1], most, alone)]
+    if out_TNL is None and lse_TN is None and len(groups) == 1 and slice(0, tokens) == groups[0][0]:
+        out_TNL, lse_TN = answer_of(*groups[0])  # of a small call's time, copying these takes a part that shows
+        return out_TNL.to(q_TNK.dtype, memory_format=torch.contiguous_format), lse_TN.to(acc)
+    out_TNL = torch.empty_like(q_latent_TNL) if out_TNL is None else out_TNL
+    lse_TN = q_latent_TNL.new_empty(q_latent_TNL.shape[:2], dtype=acc) if lse_TN is None else lse_TN
     if sum(one.tokens for one in requests) < tokens:  # some belong to nobody, or see nothing
         out_TNL.zero_()
         lse_TN.fill_(-torch.inf)
-    q_TNK = torch.cat([q_latent_TNL, q_rope_TNR], -1)
-    if split_tokens is not None:
-        for one in requests:
-            mine = slice(one.first, one.first + one.tokens)
-            q_ENK = q_TNK[mine].to(acc)
-            table_1M = block_table_BM[one.number : one.number + 1]
-            (row_SK,) = _rows(cache_AGK, table_1M, [one.seq_len], 0, one.seq_len, q_TNK.shape[-1], acc, cache_scale)
-            out_TNL[mine], lse_TN[mine] = _attend_in_splits(q_ENK, row_SK, width, scale, split_tokens)
-        return out_TNL, lse_TN
-    q_TNK = q_TNK if multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype) else q_TNK.to(acc)
-    most = _AT_ONCE // (q_TNK.shape[-1] * q_TNK.itemsize)
-    for group in _groups(requests, page_size, most):
-        mine = _at([token for one in group for token in range(one.first, one.first + one.tokens)])
-        q_DQK = q_TNK[mine].view(len(group), -1, q_TNK.shape[-1])
-        table_DM = block_table_BM[_at([one.number for one in group])]
-        out_DQL, lse_DQ = _answer(group, q_DQK, cache_AGK, table_DM, width, scale, cache_scale, most)
-        out_TNL[mine] = out_DQL.reshape(-1, heads, width).to(out_TNL.dtype)
-        lse_TN[mine] = lse_DQ.reshape(-1, heads).to(lse_TN.dtype)
+    for mine, group in groups:
+        part_TNL, part_lse_TN = answer_of(mine, group)
+        out_TNL[mine], lse_TN[mine] = part_TNL.to(out_TNL.dtype), part_lse_TN.to(lse_TN.dtype)
     return out_TNL, lse_TN
