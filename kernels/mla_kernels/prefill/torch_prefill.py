@@ -43,6 +43,12 @@ def _attend(q_NMQ, k_NSQ, v_NSV, scale, first_sees: int | None, running):
     return out_NMV, lse_NM1.squeeze(-1)
 
 
+def _all_see(query_start: list[int], key_start: list[int], tokens: int) -> bool:
+    """Whether all so many queries are a request's that has keys."""
+    keys = map(int.__sub__, key_start[1:], key_start)
+    return query_start[0] == 0 and query_start[-1] == tokens and all(keys)
+
+
 def run(
     q_TNQ,
     k_nope_SNP,
@@ -68,9 +74,10 @@ def run(
             out_TNV = q_TNQ.new_empty(*q_TNQ.shape[:2], v_SNV.shape[-1])
         if lse_TN is None:
             lse_TN = q_TNQ.new_empty(q_TNQ.shape[:2], dtype=acc)
+    query_start, key_start = query_start_B1.tolist(), key_start_B1.tolist()
+    if not accumulate and not _all_see(query_start, key_start, len(q_TNQ)):
         out_TNV.zero_()
         lse_TN.fill_(-torch.inf)
-    query_start, key_start = query_start_B1.tolist(), key_start_B1.tolist()
     for b, first_key in enumerate(key_start[:-1]):
         keys = slice(first_key, key_start[b + 1])
         num_keys, end = keys.stop - keys.start, query_start[b + 1]
