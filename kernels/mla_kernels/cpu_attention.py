@@ -4,7 +4,7 @@
   * attend_bfloat16: the same of requests alike, for processors that multiply bfloat16;
   * attend_together: of requests alike by PyTorch's attention, block by block.
 
-All return out_DQL and lse_DQ, where L is `width`; one request has no D.
+All return out_DQL and lse_DQ, where L is `width`.
 """
 
 from typing import NamedTuple
@@ -46,17 +46,20 @@ class Hidden(NamedTuple):
         return torch.arange(self.keys) >= sees_DE.minimum(torch.tensor(self.length_D)[:, None])[..., None]
 
 
-def attend_one(q_QK, row_SK, width: int, scale: float, hidden: Hidden, *, final: bool):
-    """Of one request, by two or three products. Weights of bfloat16 are rounded, nothing else is; the output too, if it
-    is `final`."""
+def attend_one(q_1QK, row_1SK, width: int, scale: float, hidden: Hidden, *, final: bool):
+    """Of one request, by products of matrices. Scores of float32 that all overflow to -inf make NaN."""
+    (q_QK,), (row_SK,) = q_1QK, row_1SK
     if row_SK.dtype == torch.bfloat16:
-        return attend_bfloat16(q_QK, row_SK, width, scale, hidden, final=final)
-    weight_QS, lse_Q = _weights(float32.product(q_QK, row_SK).mul_(scale), hidden)
-    return float32.product(weight_QS, row_SK.T)[:, :width], lse_Q
+        out_QL, lse_Q = attend_bfloat16(q_QK, row_SK, width, scale, hidden, final=final)
+    else:
+        weight_QS, lse_Q = _weights(float32.product(q_QK, row_SK).mul_(scale), hidden)
+        out_QL = float32.product(weight_QS, row_SK.T)[:, :width]
+    return out_QL[None], lse_Q[None]
 
 
 def attend_bfloat16(q_DQK, row_DSK, width: int, scale: float, hidden: Hidden, *, final: bool):
-    """As attend_one, of requests alike, or of one if there is no D."""
+    """Of requests alike, or of one if there is no D. Weights are rounded to bfloat16, nothing else is; the output too,
+    once, if it is `final`."""
     weight_DQS, lse_DQ = _weights(exact_product(q_DQK, row_DSK.mT).mul_(scale), hidden)
     multiply = rounded_product if final else exact_product
     return multiply(weight_DQS.to(row_DSK.dtype), row_DSK[..., :width]), lse_DQ
@@ -99,8 +102,10 @@ def attend_together(q_DQK, row_DSK, width: int, scale: float, hidden: Hidden, *,
     Where all scores overflow to -inf, its LSE is not the reference's but finite.
     """
     requests, rows, values = q_DQK.shape
-    k_X1SK = row_DSK.reshape(requests * pieces, 1, -1, values)
-    q_X1QK = q_DQK[:, None].expand(-1, pieces, -1, -1).reshape(requests * pieces, 1, rows, values)
+    k_X1SK, q_X1QK = row_DSK[:, None], q_DQK[:, None]
+    if pieces > 1:
+        k_X1SK = row_DSK.reshape(requests * pieces, 1, -1, values)
+        q_X1QK = q_X1QK.expand(-1, pieces, -1, -1).reshape(requests * pieces, 1, rows, values)
     hidden_DPQS = _of_rows(hidden.mask_DES(), pieces, rows) if hidden.some else None
     mask_X1QS = None
     if hidden_DPQS is not None:

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-_LITTLE = 1 << 20  # multiply-adds up to which asking oneDNN takes longer than BLAS
+_LITTLE = 3 << 19  # multiply-adds up to which asking oneDNN takes longer than BLAS
 
 
 @functools.cache

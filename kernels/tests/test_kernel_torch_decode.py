@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, cpu_attention, format_of
+from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, cpu_attention, float32, format_of
 from mla_kernels.bfloat16 import exact_product, multiplies_bfloat16
 from mla_kernels.decode import torch_decode
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, PagedCase, assert_matches, make_decode
@@ -100,6 +100,58 @@ def test_groups_in_pieces(lengths, page_size, threads):
     check(make_decode(geometry(16, 512, 64), lengths, page_size=page_size))
 
 
+def check_made(case):
+    """Outputs that the call makes: whole, and side by side."""
+    out, lse = torch_decode.run(*case.arrays, **case.options)
+    expected, expected_lse = case.reference()
+    assert (out.dtype, lse.dtype) == (case.arrays[0].dtype, torch.float32)
+    assert all(x.is_contiguous() for x in (out, lse))
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[out.dtype])
+
+
+CACHES = {
+    "float32": {},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "fp8": {"dtype": torch.bfloat16, "cache_dtype": torch.float8_e4m3fn, "cache_scale": 0.5},
+    "tile-scaled": {"cache_dtype": torch.uint8},
+}
+
+
+@pytest.mark.parametrize("operator", [True, False], ids=["oneDNN", "BLAS"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("query_lens", [1, 3])
+@pytest.mark.parametrize("length", [3, 40, 255, 301, 700])
+def test_one_request(monkeypatch, length, query_lens, cache, operator, threads):
+    """Few rows go another way than many, and its answer is returned as it is."""
+    if not operator:
+        monkeypatch.setattr(float32, "_linear", lambda: None)
+    check_made(make_decode(geometry(16, 256, 64), [length], query_lens=query_lens, page_gap=32, **CACHES[cache]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_request_among_others_without_keys(first, cache):
+    lengths = [0, 0, 0]
+    lengths[first] = 300
+    check_made(make_decode(geometry(16, 256, 64), lengths, query_lens=2, **CACHES[cache]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("query_lens", [1, [2, 1, 0, 1, 2]], ids=str)
+def test_uneven_requests(query_lens, cache, threads):
+    """Too uneven for one group; the longest by itself, with 3 threads and fewer."""
+    check_made(make_decode(geometry(16, 256, 64), [700, 64, 300, 60, 1000], query_lens=query_lens, **CACHES[cache]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("length", [40, 300])
+def test_more_query_tokens_than_keys(length, cache):
+    """The first see nothing: zeros and -inf."""
+    check_made(make_decode(geometry(4, 256, 64), [length], query_lens=length + 5, **CACHES[cache]))
+
+
 def test_a_table_that_is_too_short_is_refused():
     latent, rope, cache, table, _ = make_decode(geometry(), [40, 7]).arrays
     with pytest.raises(ValueError, match="50 cached tokens need 4 pages, got 3"):
@@ -113,7 +165,20 @@ def test_products_of_bfloat16_keep_what_rounding_takes():
     wanted = torch.bmm(q.double(), k.double().mT)
     rounded = (torch.bmm(q, k.mT).double() - wanted).abs().max()
     assert (exact_product(q, k.mT) - wanted).abs().max() < rounded / 200
+    assert (exact_product(q[1], k[1].T) - wanted[1]).abs().max() < rounded / 200
     assert not multiplies_bfloat16(torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "others"), [(1, 3), (16, 64), (16, 700), (128, 300)])
+def test_products_of_float32(monkeypatch, rows, others):
+    """Of rows and of columns that lie side by side, and without oneDNN."""
+    a, b = torch.randn(rows, 320), torch.randn(others, 320)
+    wanted = a.double() @ b.double().T
+    for _ in range(2):
+        for right in (b, b.T.contiguous().T):
+            assert (float32.product(a, right) - wanted).abs().max() < 1e-4
+        monkeypatch.setattr(float32, "_linear", lambda: None)
+    assert torch.equal(float32.product(a.double(), b.double()), wanted)
 
 
 def test_needs_no_workspace_and_only_cpu_tensors():

@@ -32,11 +32,9 @@ from mla_kernels.packed_rows import unpack
 # rows of each.
 
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
-_WASTE = (
-    256  # rows of a group, each request as long as the longest, beyond those that are there; less than one call costs
-)
+_WASTE = 256  # rows of a group, each request as long as the longest, beyond those that are there: they cost less than another call
 _ALONE = 192  # cached tokens for each thread from which products of one request keep all threads busy
-_FEW = 256  # rows of a group below which products of bfloat16 take longer than those of float32
+_FEW = 256  # rows of a group below which several products take longer than PyTorch's attention
 _UNIT = 128  # keys of products are a multiple of so many, at most
 
 
@@ -117,11 +115,12 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
     page_size = cache_AGK.shape[1]
     page, pages = first // page_size, -(-rows // page_size)
     last_D = [page + (length - 1) // page_size for length in length_D]
-    if min(last_D) == page + pages - 1:
-        page_DM = table_DM[:, page : page + pages]
-    else:  # what the table holds behind the last is no page
+    page_DM = table_DM[:, page : page + pages]
+    if page_DM.shape[1] < pages:
         wanted_DM = torch.arange(page, page + pages).minimum(torch.tensor(last_D)[:, None])
         page_DM = table_DM.gather(1, wanted_DM)
+    elif min(last_D) < page + pages - 1:  # what the table holds behind the last is no page; any will do
+        page_DM = page_DM.clamp(0, len(cache_AGK) - 1)
     page_XGK = _values(_pages(cache_AGK, page_DM.reshape(-1)), values)
     row_DSK = page_XGK.reshape(len(length_D), -1, values).to(dtype)
     if pages * page_size > rows:
@@ -147,36 +146,37 @@ def _at(numbers: list[int]):
     return torch.tensor(numbers)
 
 
-def _way(q_DQK, keys: int, page_size: int, final: bool):
+def _way(q_DQK, keys: int, page_size: int, *, few: bool, final: bool):
     """A function of cpu_attention.py for requests of so many keys, in the dtype of their queries, and what the keys are
     made a multiple of."""
-    if len(q_DQK) == 1:
+    if not few and len(q_DQK) == 1:
         return functools.partial(attend_one, final=final), _unit(keys, page_size)
-    if q_DQK.dtype == torch.bfloat16:
+    if not few and q_DQK.dtype == torch.bfloat16:
         return functools.partial(attend_bfloat16, final=final), _unit(keys, page_size)
     pieces = pieces_of(*q_DQK.shape[:2], keys)
-    return functools.partial(attend_together, pieces=pieces), math.lcm(page_size, pieces)
+    return functools.partial(attend_together, pieces=pieces), pieces if len(q_DQK) == 1 else math.lcm(page_size, pieces)
 
 
 def _query_tokens(group: list[_Request]):
     """An index of theirs."""
+    if len(group) == 1:
+        return slice(group[0].first, group[0].first + group[0].tokens)
     return _at([token for one in group for token in range(one.first, one.first + one.tokens)])
 
 
 def _answer(group: list[_Request], q_DQK, cache_AGK, table_DM, width: int, scale: float, cache_scale, most: int):
-    """out_DQL and lse_DQ of a group, without D if it is one request, whose rows are copied in the dtype of its queries.
+    """out_DQL and lse_DQ of a group, whose rows are copied in the dtype of its queries.
     A request that is one by itself may take several turns, of at most `most` rows."""
     page_size, tokens, values = cache_AGK.shape[1], group[0].tokens, q_DQK.shape[-1]
     longest, turn = group[-1].seq_len, max(1, most // page_size) * page_size
     parts = []
     for first in range(0, longest, turn):
         lengths = [min(turn, one.seq_len - first) for one in group]
-        attend, unit = _way(q_DQK, lengths[-1], page_size, final=longest <= turn)
+        attend, unit = _way(q_DQK, lengths[-1], page_size, few=len(group) * longest < _FEW, final=longest <= turn)
         keys = -(-lengths[-1] // unit) * unit
         row_DSK = _rows(cache_AGK, table_DM, lengths, first, keys, values, q_DQK.dtype, cache_scale)
         hidden = Hidden([one.seq_len - first for one in group], lengths, tokens, keys)
-        mine = (q_DQK, row_DSK) if len(group) > 1 else (q_DQK[0], row_DSK[0])
-        parts.append(attend(*mine, width, scale, hidden))
+        parts.append(attend(q_DQK, row_DSK, width, scale, hidden))
     if len(parts) == 1:
         return parts[0]
     out_DQL, lse_DQ = zip(*parts, strict=True)
@@ -248,24 +248,25 @@ def run(
     _check_table(block_table_BM, cache_AGK.shape[1], requests)
     q_TNK = torch.cat([q_latent_TNL, q_rope_TNR], -1)
     acc = torch.promote_types(q_TNK.dtype, torch.float32)
-    dtype = q_TNK.dtype if split_tokens is None and multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype) else acc
-    most = _AT_ONCE // (q_TNK.shape[-1] * dtype.itemsize)
+    if split_tokens is not None or not multiplies_bfloat16(q_TNK.dtype, cache_AGK.dtype):
+        q_TNK = q_TNK.to(acc)
+    most = _AT_ONCE // (q_TNK.shape[-1] * q_TNK.itemsize)
     answer = _answer if split_tokens is None else functools.partial(_answer_in_splits, split_tokens=split_tokens)
 
     def answer_of(mine, group: list[_Request]):
         """out_TNL and lse_TN of its query tokens, in any dtype."""
         q_DQK = q_TNK[mine].view(len(group), -1, q_TNK.shape[-1])
-        few = len(group) * group[-1].seq_len < _FEW
         table_DM = block_table_BM[_at([one.number for one in group])]
-        rows = q_DQK.to(acc if few else dtype), cache_AGK, table_DM, width, scale, cache_scale
-        out_DQL, lse_DQ = answer(group, *rows, most)
+        if len(group) * group[-1].seq_len < _FEW:  # PyTorch's attention of bfloat16 is off by 6e-5 in LSE
+            q_DQK = q_DQK.to(acc)
+        out_DQL, lse_DQ = answer(group, q_DQK, cache_AGK, table_DM, width, scale, cache_scale, most)
         return out_DQL.reshape(-1, heads, width), lse_DQ.reshape(-1, heads)
 
-    alone = 1 if split_tokens else _ALONE * torch.get_num_threads() if dtype == acc else most
+    alone = 1 if split_tokens else _ALONE * torch.get_num_threads() if q_TNK.dtype == acc else most
     groups = [(_query_tokens(group), group) for group in _groups(requests, cache_AGK.shape[1], most, alone)]
     if out_TNL is None and lse_TN is None and len(groups) == 1 and slice(0, tokens) == groups[0][0]:
         out_TNL, lse_TN = answer_of(*groups[0])  # of a small call's time, copying these takes a part that shows
-        return out_TNL.to(q_TNK.dtype, memory_format=torch.contiguous_format), lse_TN.to(acc)
+        return out_TNL.to(q_latent_TNL.dtype).contiguous(), lse_TN.to(acc)
     out_TNL = torch.empty_like(q_latent_TNL) if out_TNL is None else out_TNL
     lse_TN = q_latent_TNL.new_empty(q_latent_TNL.shape[:2], dtype=acc) if lse_TN is None else lse_TN
     if sum(one.tokens for one in requests) < tokens:  # some belong to nobody, or see nothing
