@@ -32,7 +32,7 @@ from mla_kernels.packed_rows import unpack
 # rows of each.
 
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
-_WASTE = 256  # rows of a group, each request as long as the longest, beyond those that are there: they cost less than another call
+_WASTE = 256  # rows that a group may add to make all requests as long as the longest: another call costs more
 _ALONE = 192  # cached tokens for each thread from which products of one request keep all threads busy
 _FEW = 256  # rows of a group below which several products take longer than PyTorch's attention
 _UNIT = 128  # keys of products are a multiple of so many, at most
