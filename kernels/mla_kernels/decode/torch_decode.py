@@ -33,7 +33,7 @@ from mla_kernels.packed_rows import unpack
 
 _AT_ONCE = 9 << 19  # bytes of rows: both products find them in the processor's cache, and the allocator has them ready
 _WASTE = 256  # rows that a group may add to make all requests as long as the longest: another call costs more
-_ALONE = 192  # cached tokens for each thread from which products of one request keep all threads busy
+_ALONE = 6 << 10  # float32 scores of a query token for each thread, from which a request by itself takes less time
 _FEW = 256  # rows of a group below which several products take longer than PyTorch's attention
 _UNIT = 128  # keys of products are a multiple of so many, at most
 
@@ -262,7 +262,7 @@ def run(
         out_DQL, lse_DQ = answer(group, q_DQK, cache_AGK, table_DM, width, scale, cache_scale, most)
         return out_DQL.reshape(-1, heads, width), lse_DQ.reshape(-1, heads)
 
-    alone = 1 if split_tokens else _ALONE * torch.get_num_threads() if q_TNK.dtype == acc else most
+    alone = 1 if split_tokens else _ALONE * torch.get_num_threads() // heads if q_TNK.dtype == acc else most
     groups = [(_query_tokens(group), group) for group in _groups(requests, cache_AGK.shape[1], most, alone)]
     if out_TNL is None and lse_TN is None and len(groups) == 1 and slice(0, tokens) == groups[0][0]:
         out_TNL, lse_TN = answer_of(*groups[0])  # of a small call's time, copying these takes a part that shows
