@@ -91,15 +91,16 @@ def test_fp8_cache_with_cuda_graphs(engine, checkpoints, name, row, rounded):
     assert_same_answers(run.rounds[0], wanted, tolerance=FP8_TOLERANCE)
 
 
+@pytest.mark.parametrize(("name", "rounded"), [("fp8", per_tensor), ("fp8_ds_mla", tile_scaled)])
 @pytest.mark.parametrize("kernel", ["auto", "triton_splitkv"])
-def test_fp8_cache_in_bfloat16(engine, checkpoints, kernel):
+def test_fp8_cache_in_bfloat16(engine, checkpoints, kernel, name, rounded):
     """As a server has it, by the kernel that Hopper takes for it and by the portable one."""
     folder = checkpoints(layers=1)
     env = {"MLA_BACKEND_DECODE": kernel}
-    run = engine(folder, [prompts()], kv_cache_dtype="fp8", dtype="bfloat16", env=env, **GRAPHS)
+    run = engine(folder, [prompts()], kv_cache_dtype=name, dtype="bfloat16", env=env, **GRAPHS)
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert f"decode {'gluon_sm90' if hopper and kernel == 'auto' else 'triton_splitkv'}" in run.log
-    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=per_tensor)
+    wanted = generate_fp8(folder, prompts(), MAX_TOKENS, rounded=rounded)
     assert_near_ties_apart(run.rounds[0], wanted, near_tie=FP8_BFLOAT16_NEAR_TIE)
 
 
@@ -233,3 +234,25 @@ def test_two_gpus_answer_as_one(engine, checkpoints, ranks, cache):
             assert max(abs(a - b) for a, b in zip(got["logprobs"], want["logprobs"], strict=True)) < tolerance
     assert two.rounds[1][-1]["cached"] > 0
     assert two.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("ranks", [1, 2], ids=["tp2", "tp2-dcp2"])
+def test_two_gpus_in_bfloat16(engine, checkpoints, oracle, ranks):
+    """As above by the kernels of a model that is served, but without speculation."""
+    folder = checkpoints(layers=1)
+    run = engine(
+        folder,
+        [prompts(), prompts()],
+        dtype="bfloat16",
+        tensor_parallel_size=2,
+        decode_context_parallel_size=ranks,
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        enable_prefix_caching=True,
+        **GRAPHS,
+    )
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert "decode gluon_sm90, prefill gluon_sm90_ragged" in run.log
+    for answers in run.rounds:
+        assert_near(answers, oracle(folder, prompts()))
+    assert run.rounds[1][-1]["cached"] > 0
