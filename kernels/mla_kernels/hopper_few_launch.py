@@ -1,7 +1,7 @@
 """The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
 
 Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
-hopper_unpack.py has the one that reads an fp8 cache.
+hopper_unpack.py has the one that reads tile-scaled rows.
 """
 
 from typing import NamedTuple

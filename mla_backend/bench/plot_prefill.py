@@ -60,7 +60,7 @@ def draw(axes: Axes, rows: list[dict]) -> None:
             x, y = [place[id(row)] for row, _ in pairs], [teraflops(row, us) for row, us in pairs]
             axes.scatter(x, y, zorder=4, **STYLE[series])
     first = rows[0]
-    axes.set_title(f"{first['heads']} heads, {first['qk_dim']} / {first['v_dim']}", fontsize=10)
+    axes.set_title(f"{first['heads']} heads\n{first['qk_dim']} / {first['v_dim']}", fontsize=10)
     axes.set(xlim=(-0.6, len(rows) - 0.4))
     axes.set_xticks(range(len(rows)), [case_label(row) for row in rows], fontsize=8, rotation=45, ha="right")
     axes.grid(axis="y", color=GRID, linewidth=0.6)
