@@ -26,6 +26,7 @@ SHORT = Workload(name="1k", input_tokens=32, output_tokens=8, prompts=3, rates=(
 SHARED = Workload(name="32k", input_tokens=300, shared_tokens=256, output_tokens=8, prompts=3, rates=(20,))
 GUESSED = Workload(name="ngram", input_tokens=32, output_tokens=96, prompts=3, rates=(math.inf,), speculative=True)
 ANSWER = {
+    "errors": [],
     "completed": 3,
     "failed": 0,
     "total_output_tokens": 24,
@@ -181,13 +182,15 @@ def test_ours_must_start(stand_ins):
 @pytest.mark.parametrize("who", ["CUSTOM", "FLASHMLA"])
 def test_answers_that_are_missing(stand_ins, who):
     """After a good warm-up and first round, one request fails."""
-    servers, asked = stand_ins(answer=lambda options: ANSWER | {"completed": 2 if fails(options) else 3})
+    missing = {"completed": 2, "errors": ["Server disconnected"]}
+    servers, asked = stand_ins(answer=lambda options: ANSWER | (missing if fails(options) else {}))
 
     def fails(options):
         server = next(server for server in servers if server.url == value(options, "--base-url"))
         return server.engine.backend == who and value(options, "--seed") == "2"
 
     wanted = f"{who}: 1k, inf requests/s: 3 answers of together 24 tokens were wanted, 2 of together 16 came"
+    wanted += "; vLLM's client: Server disconnected"
     experiment = Experiment(model=TINY, workloads=(SHORT,))
     if who == "CUSTOM":
         with pytest.raises(BenchmarkError, match=wanted):

@@ -197,6 +197,7 @@ def need_all(found: dict, workload: Workload) -> None:
     wanted = workload.prompts, workload.prompts * workload.output_tokens
     got = found["completed"], found["total_output_tokens"]
     if got != wanted:
+        said = "".join(f"; vLLM's client: {error:.600}" for error in found["errors"])
         raise BenchmarkError(
-            f"{wanted[0]} answers of together {wanted[1]} tokens were wanted, {got[0]} of together {got[1]} came"
+            f"{wanted[0]} answers of together {wanted[1]} tokens were wanted, {got[0]} of together {got[1]} came{said}"
         )

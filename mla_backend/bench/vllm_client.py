@@ -26,6 +26,7 @@ def arguments(workload: Workload, *, rate: float, seed: int, url: str, model: pa
         *("--num-prompts", str(workload.prompts), "--request-rate", str(rate), "--seed", str(seed)),
         *("--ignore-eos", "--temperature", "0", "--disable-tqdm"),
         *("--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99"),
+        "--save-detailed",  # keeps what each request that failed says
     ]
 
 
@@ -49,7 +50,8 @@ def answer(connection, log: str) -> None:
         options = connection.recv()
         try:
             found = main(parser.parse_args(options))
-            connection.send({key: found.get(key) for key in (*COUNTED, *ANSWERED.values())})
+            errors = sorted({error for error in found.get("errors") or () if error})
+            connection.send({"errors": errors} | {key: found.get(key) for key in (*COUNTED, *ANSWERED.values())})
         except (Exception, SystemExit) as error:  # argparse leaves by the latter
             connection.send(BenchmarkError(f"vLLM's client: {type(error).__name__}: {error!s:.600}"))
 
