@@ -67,12 +67,6 @@ VALUES = gl.constexpr(
 )
 
 
-@gluon.constexpr_function
-def at_once(columns):
-    """Products that may be on their way: left operands of all of them are in registers, beside so many columns."""
-    return 1 if columns > 16 else 2
-
-
 @gluon.jit
 def _keys(codes, KEYS: gl.constexpr, F: gl.constexpr):
     """Codes [KEYS, 64] as a left operand of float16.
@@ -163,7 +157,7 @@ def _accumulate_step(
     """Add values times a step's weights. Codes become float16 while weights, or products, are waited for."""
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
     flag_lay: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    BEFORE: gl.constexpr = at_once(F) - 1
+    BEFORE: gl.constexpr = 0 if F > 16 else 1  # products still on their way, whose left operands are in registers
     acc0, acc1, acc2, acc3 = acc
     stage, phase, _ = ring(step, STAGES)
     first, second = smem.k.index(2 * stage), smem.k.index(2 * stage + 1)

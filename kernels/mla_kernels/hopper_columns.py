@@ -37,8 +37,8 @@ def copy_q(
 def store(
     acc, ptr, row0, rows, token, stride_t, stride_n, N: gl.constexpr, F: gl.constexpr, IN_16_BYTES: gl.constexpr
 ):  # fmt: skip
-    """Write a [256, F] accumulator's columns that are queries, 16 bytes a thread: a warp fills whole sectors of the
-    target's rows. Row r of the target is token + r // N and head r % N."""
+    """Write a [256, F] accumulator's columns that are queries, so that a warp fills whole sectors of the target's rows:
+    16 bytes a thread, or two values of 64 queries'. Row r of the target is token + r // N and head r % N."""
     wide: gl.constexpr = gl.BlockedLayout([IN_16_BYTES, 1], [32, 1], [8 // IN_16_BYTES, IN_16_BYTES], [0, 1])
     lay: gl.constexpr = TALL if F == 64 else wide
     i = gl.arange(0, F, gl.SliceLayout(0, lay))

@@ -44,9 +44,9 @@ NOTHING = gl.constexpr(-3e38)  # reference of a row that has seen no key: finite
 class Shared(NamedTuple):
     """What the roles share: buffers, and barriers that say when they are full or empty."""
 
-    k: object  # [4, 64, 256], latent part of two blocks, a half at a time
-    k_rope: object  # [2, 64, 64]
-    weight: object  # [64, 64], softmax weights of a block
+    k: object  # [4, 64, 256], latent part of two blocks, half by half; of codes, of a step for each stage
+    k_rope: object  # [2, 64, 64], or of codes with as many columns behind them that are none
+    weight: object  # [64, 64], softmax weights of a block, or of a step of codes
     factor: object  # [64], what outputs have to be multiplied with before the block
     grew: object  # [1], whether anything has to
     last: object  # [64], what outputs have to be multiplied with in the end

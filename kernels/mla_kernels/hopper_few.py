@@ -95,8 +95,10 @@ def _attend_block(
         grew = gl.max((above > LAZY).to(gl.int32).reshape([KEYS * F]), 0)
     mbarrier.wait(smem.weight_empty, (block & 1) ^ 1)
     if grew > 0:
-        high = gl.max(s, 0) * scale_log2
-        new_top = gl.where(high > top + LAZY, high, top)
+        largest = gl.max(s, 0)
+        # Asked as above, to the last bit: whether a query's reference moves must not be up to the others of its tile.
+        grows = gl.fma(largest, scale_log2, -top) > LAZY
+        new_top = gl.where(grows, largest * scale_log2, top)
         rescale = gl.exp2(top - new_top)
         weight = gl.exp2(gl.fma(s, scale_log2, -new_top[None, :]))
         smem.factor.store(rescale)

@@ -95,8 +95,8 @@ def _form(cache: tuple, q_latent: tuple, q_rope: tuple, table: tuple, codes: boo
 class Launch(NamedTuple):
     """Of a kernel whose arguments are `before_parts`, the number of parts, `behind_parts`, then scratch.
 
-    empty: there is nothing to do.   codes: the cache is fp8, as words.   packed: in rows that bring their scales.
-    gather: no TMA box fits its pages.
+    empty: there is nothing to do.   codes: the cache is fp8 with one scale, as int8.   packed: it is fp8 in rows that
+    bring their scales, as words.   gather: no TMA box fits its pages.
     """
 
     outputs: tuple
@@ -146,7 +146,7 @@ def prepare_launch(
         outputs=outputs,
         empty=empty,
         device=device_of(cache_AGK),
-        codes=codes,
+        codes=codes and not packed,
         packed=packed,
         gather=form.box is None and not packed,
         before_parts=(

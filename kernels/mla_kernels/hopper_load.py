@@ -18,7 +18,7 @@ LATENT, HALF, TILE = gl.constexpr(512), gl.constexpr(256), gl.constexpr(64)  # c
 class Cache(NamedTuple):
     """The paged cache: as a TMA descriptor of rows, or as a pointer with strides in 16 bytes.
 
-    An fp8 cache is a pointer to words of four codes.
+    An fp8 cache is a pointer to codes with one scale, as int8, or to words of tile-scaled rows.
     """
 
     desc: object

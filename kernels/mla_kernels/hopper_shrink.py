@@ -68,7 +68,8 @@ def shrink_q(q_s, q_rope_s, dtype: gl.constexpr, F: gl.constexpr, R: gl.constexp
     low, high = gl.inline_asm_elementwise(
         SPLIT, "=f,=f,r", [largest], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
     )  # fmt: skip
-    of_all = gl.max(gl.max(gl.maximum(low, high), 1), 0)
+    size = gl.maximum(low, high)
+    of_all = gl.max(gl.max(gl.where(size < float("inf"), size, 0.0), 1), 0)  # what is infinite spoils its own row alone
     power = gl.maximum(gl.where(of_all > 0, gl.floor(gl.log2(of_all)) - 8, 0.0), -126.0)  # its inverse is finite
     shrink = gl.exp2(-power)
     for c in gl.static_range(LATENT // TILE):

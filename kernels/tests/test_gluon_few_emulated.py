@@ -9,6 +9,8 @@ import torch
 from test_gluon_emulated import build as build_for
 from test_gluon_emulated import check, make, with_large_scores
 
+from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches
+
 FP8 = {"cache_dtype": torch.float8_e4m3fn}
 build = functools.partial(build_for, few_rows=32)
 
@@ -140,6 +142,16 @@ def test_queries_of_any_magnitude(kernel, magnitude):
             part.mul_(magnitude * torch.tensor([1.0, 8.0, 64.0])[:, None]).clamp_(-60000, 60000)
         case.options["scale"] /= 64 * magnitude
         check(kernel, case)
+
+
+def test_an_infinite_query_spoils_its_own_row_alone(kernel):
+    case = make(3, [200, 30], needles=False, **FP8)
+    case.arrays[0][0, 1, 7] = torch.inf
+    out, lse = kernel.run(*case.arrays, **case.options)
+    expected, expected_lse = case.reference()
+    others = [0, 2]
+    assert_matches("lse", lse[:, others], expected_lse[:, others], LSE_TOLERANCE)
+    assert_matches("out", out[:, others], expected[:, others], TOLERANCE[torch.float16], case.magnitude()[:, others])
 
 
 def both(kernel):

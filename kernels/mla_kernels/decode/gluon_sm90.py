@@ -123,8 +123,8 @@ def _decode_kernel(
 
 
 def _transposed(rows: int, heads: int, split_tokens: int | None) -> bool:
-    """Whether queries are columns. With fixed splits the heads alone decide: bits of a query row must not depend on how
-    many query tokens the batch brings."""
+    """Whether queries are columns, which those of an fp8 cache with one scale always are. With fixed splits the heads
+    alone decide: bits of a query row must not depend on how many query tokens the batch brings."""
     return (heads if split_tokens else rows) <= _FEW_ROWS
 
 
@@ -228,7 +228,7 @@ def run(
     if split_tokens is None:
         needed = scratch_shapes(scratch_rows(rows, height, device), device)
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
-        if prepared.codes and not prepared.packed:
+        if prepared.codes:
             decode_codes(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         elif _transposed(rows, heads, None):
             decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
@@ -240,6 +240,8 @@ def run(
         )  # fmt: skip
         return out_TNL, lse_TN
 
+    assert not prepared.codes, "`unsupported` refuses fixed splits of fp8 caches"
+    assert not prepared.packed, "and of tile-scaled ones"
     part, part_lse, turns = prepare(
         workspace, (rows, LATENT.value), block_table_BM, cache_AGK, split_tokens=split_tokens
     )

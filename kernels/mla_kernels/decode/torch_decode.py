@@ -135,7 +135,7 @@ def _rows(cache_AGK, table_DM, length_D: list[int], first: int, rows: int, value
 
 def _unit(keys: int, page_size: int) -> int:
     """What the keys of such products are made a multiple of: PyTorch compiles one of new dimensions first, for half a
-    millisecond. An eighth of them at most, but whole pages, so that a batch's matrices lie one behind the other."""
+    millisecond. About an eighth of them, and no less than a page."""
     return max(page_size, 16, min(_UNIT, 1 << (keys // 8).bit_length() - 1)) if keys >= 16 else page_size
 
 
