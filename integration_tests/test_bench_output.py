@@ -193,7 +193,7 @@ def only_line(done: subprocess.CompletedProcess) -> str:
 def test_without_the_extra():
     done = command("bench", "decode", before="sys.modules['typer'] = None")
     assert only_line(done) == (
-        "mla-backend needs the package typer, which is not installed: pip install 'mla-backend[bench]'"
+        "mla-backend needs the package typer, which is not installed: pip install '.[bench]' in its checkout"
     )
 
 
@@ -204,7 +204,7 @@ def test_picture_without_matplotlib(arguments):
     pytest.importorskip("typer")
     line = only_line(command("bench", *arguments, before="sys.modules['matplotlib'] = None"))
     assert "needs the package matplotlib" in line
-    assert "pip install 'mla-backend[bench]'" in line
+    assert "pip install '.[bench]' in a checkout" in line
 
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "engine"])

@@ -29,7 +29,7 @@ def need_matplotlib() -> None:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:
         raise fail(
-            f"a picture needs the package {error.name}, which is not installed: pip install 'mla-backend[bench]'"
+            f"a picture needs the package {error.name}, which is not installed: pip install '.[bench]' in a checkout"
         ) from None
 
 

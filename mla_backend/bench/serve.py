@@ -30,7 +30,7 @@ WARM_TOKENS = 8
 
 def need_vllm() -> None:
     if find_spec("vllm") is None:
-        raise BenchmarkError("bench serve wants vLLM, which is not installed here: pip install 'mla-backend[vllm]'")
+        raise BenchmarkError("bench serve wants vLLM, which is not installed here: pip install '.[vllm]' in a checkout")
 
 
 def free_bytes() -> int:
