@@ -2,7 +2,7 @@
 
 import sys
 
-EXTRA = ".[bench]"  # of a checkout: the package is on no index
+GET_EXTRA = "pip install '.[bench]' in its checkout"  # the package is on no index
 
 
 def application():
@@ -32,9 +32,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mla_"):
             raise  # a fault of ours, not a package that the user lacks
-        sys.exit(
-            f"mla-backend needs the package {error.name}, which is not installed: pip install '{EXTRA}' in its checkout"
-        )
+        sys.exit(f"mla-backend needs the package {error.name}, which is not installed: {GET_EXTRA}")
     app(prog_name="mla-backend")
 
 
