@@ -198,7 +198,7 @@ def test_tiny_checkpoint(tmp_path):
 
 
 def test_train_small_model(tmp_path):
-    small = ("--minutes", "0.03", "--tokens-a-step", "512", "--longest", "512", "--files", "60")
+    small = ("--minutes", "0.1", "--tokens-a-step", "512", "--longest", "512", "--files", "60")
     from safetensors.torch import load_file
 
     shown = run("train_small_model.py", "models/small", *small, cwd=tmp_path)
