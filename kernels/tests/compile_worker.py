@@ -53,7 +53,12 @@ HOPPER = {
     "gluon_sm90": ("_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel"),
     "gluon_sm90_ragged": ("_prefill_kernel",),
 }
-HOPPER_SPILLED = {("_decode_kernel", "3.7"): 16, ("_decode_kernel", "3.9"): 160, ("_decode_few_kernel", "3.9"): 96}
+HOPPER_SPILLED = {
+    ("_decode_kernel", "3.7"): 16,
+    ("_decode_kernel", "3.9"): 160,
+    ("_decode_few_kernel", "3.9"): 96,
+    ("_decode_codes_kernel", "3.9"): 384,
+}
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
 SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
 WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
