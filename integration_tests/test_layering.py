@@ -208,12 +208,11 @@ LEAVES = {
     "hopper_unpack": ("hopper", "hopper_load", "schedule"),
     "hopper_shrink": ("hopper", "hopper_load"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
-    "hopper_columns": ("hopper", "hopper_load"),
+    "hopper_columns": ("hopper_load",),
     "hopper_codes_load": ("hopper", "hopper_load", "schedule"),
     "hopper_codes": ("hopper", "hopper_codes_load", "hopper_columns", "hopper_load", "schedule"),
     "hopper_few": (
-        *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "primitives"),
-        "schedule",
+        *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),
     ),
     "hopper_codes_launch": (
         *("hopper", "hopper_codes", "hopper_codes_load", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load"),

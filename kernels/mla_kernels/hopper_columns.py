@@ -1,9 +1,8 @@
-"""Queries as columns: how kernels whose products are transposed read queries and write answers."""
+"""Queries as columns: how kernels whose products are transposed write answers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mla_kernels.hopper import cp_async
 from mla_kernels.hopper_load import HALF
 
 # The layout of accumulators of 64 queries, but with two neighbouring rows in a thread: threads of a warp exchange what
@@ -17,20 +16,6 @@ TALL = gl.constexpr(
         shape=[256, 64],
     )
 )
-
-
-@gluon.jit
-def copy_q(
-    target, q_ptr, strides8, token, row0, rows, column,
-    N: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """Start copying columns column .. column + WIDTH - 1 of the query rows."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
-    i = gl.arange(0, F, gl.SliceLayout(1, lay))
-    r = token * N + row0 + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
 
 
 @gluon.jit

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, cp_async, ring
-from mla_kernels.hopper_load import HALF, LATENT, TILE
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, ring
+from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
@@ -119,17 +119,6 @@ def write_plan(plan, shared):
 
 
 @gluon.jit
-def _copy_q(target, q_ptr, strides8, token, row, rows, column, N: gl.constexpr, WIDTH: gl.constexpr):
-    """Start copying columns column .. column + WIDTH - 1 of a tile's query rows."""
-    lay: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # of two rows a thread: few addresses
-    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, lay))
-    i = gl.arange(0, ROWS, gl.SliceLayout(1, lay))
-    r = token * N + row + i
-    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
-    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
-
-
-@gluon.jit
 def scale_of(scale_ptr):
     """The scale of an fp8 cache, 1 where there is none."""
     scale = 1.0
@@ -203,13 +192,32 @@ def _attend_block(
 
 
 @gluon.jit
+def finish_piece(
+    sum_of_row, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N: gl.constexpr
+):  # fmt: skip
+    """Tell what outputs of a piece's rows `i` have to be multiplied with, and write their LSE.  A tile's rows are query
+    rows, or columns that are."""
+    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
+    safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
+    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+    smem.last.store(cache_scale / safe)
+    mbarrier.arrive(smem.last_full, count=1)
+    row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
+    if slot < 0:
+        r = token * N + row0 + i
+        at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
+        gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
+    else:
+        gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
+
+
+@gluon.jit
 def _attend_piece(
     begin, end, slot, block, pieces, sees, all_see, scale_log2, cache_scale, q_s, q_rope, token, row0, rows,
     lse, smem,
     N: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks and pieces were done."""
-    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     i = gl.arange(0, ROWS, row_lay)
@@ -219,19 +227,8 @@ def _attend_piece(
         top, total = _attend_block(b, top, total, block, sees, all_see, scale_log2, q_s, q_rope, smem, R, GATHER, SPLIT)
         block += 1
     sum_of_row = gl.convert_layout(gl.sum(total, 1), row_lay)
-    safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
-    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(cache_scale / safe)
-    mbarrier.arrive(smem.last_full, count=1)
-    pieces += 1
-    row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
-    if slot < 0:
-        r = token * N + row0 + i
-        at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
-        gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
-    else:
-        gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
-    return block, pieces
+    finish_piece(sum_of_row, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N)
+    return block, pieces + 1
 
 
 @gluon.jit
@@ -252,6 +249,7 @@ def attend(
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     row_lay: gl.constexpr = gl.SliceLayout(1, s_lay)
     i = gl.arange(0, ROWS, row_lay)
+    q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])  # of two rows a thread: few addresses
     cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
@@ -262,9 +260,11 @@ def attend(
         )
         if rows > 0:
             for half in gl.static_range(2):
-                _copy_q(q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, HALF)
+                copy_q(
+                    q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, ROWS, HALF, q_lay
+                )
             if R > 0:
-                _copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, TILE)
+                copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, ROWS, TILE, q_lay)
             async_copy.commit_group()
             async_copy.wait_group(0)
             factor = scale_log2 * cache_scale

@@ -29,11 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mla_kernels.hopper import SWIZZLED, barrier, reinterpret, ring, uniform
 from mla_kernels.hopper_codes import scores as scores_of_codes
-from mla_kernels.hopper_columns import copy_q, store
-from mla_kernels.hopper_decode import LAZY, NOTHING, release_values, scale_of, wait_for_values, write_plan
-from mla_kernels.hopper_load import HALF, LATENT, TILE
+from mla_kernels.hopper_columns import store
+from mla_kernels.hopper_decode import LAZY, NOTHING, finish_piece, release_values, scale_of, wait_for_values, write_plan
+from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
 from mla_kernels.hopper_shrink import shrink_q
-from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
 
@@ -119,7 +118,6 @@ def _attend_piece(
 ):  # fmt: skip
     """Blocks `begin` to `end` from a fresh start, and their LSE. Returns how many blocks, or steps, and pieces were
     done."""
-    lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
     STEP: gl.constexpr = max(CODES, 1)
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * STEP, 1], [16, F, 16])
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
@@ -132,19 +130,8 @@ def _attend_piece(
         )
         block += 1
     sum_of_query = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), query_lay)
-    safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
-    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(cache_scale / safe)
-    mbarrier.arrive(smem.last_full, count=1)
-    pieces += 1
-    query_lse = gl.where(sum_of_query > 0, top + gl.log2(safe), float("-inf"))
-    if slot < 0:
-        r = token * N + row0 + i
-        at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
-        gl.store(lse_ptr + at_row, query_lse * LN_2, mask=i < rows)
-    else:
-        gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, query_lse, mask=i < rows)
-    return block, pieces
+    finish_piece(sum_of_query, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N)
+    return block, pieces + 1
 
 
 @gluon.jit
@@ -163,6 +150,7 @@ def attend(
         write_plan(plan, shared)
     row0 = gl.program_id(0) * F
     STEP: gl.constexpr = max(CODES, 1)
+    q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4 * STEP, 1], [1, 0])
     cache_scale = scale_of(scale_ptr)
     block = 0
     pieces = 0
@@ -176,10 +164,10 @@ def attend(
             raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [F, TILE], SWIZZLED)
             for half in gl.static_range(2):
                 copy_q(
-                    raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, 4 * STEP
+                    raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, q_lay
                 )
             if R > 0:
-                copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE, 4 * STEP)
+                copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE, q_lay)
             async_copy.commit_group()
             async_copy.wait_group(0)
             factor = scale_log2 * cache_scale

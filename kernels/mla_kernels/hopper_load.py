@@ -31,6 +31,19 @@ class Cache(NamedTuple):
 
 
 @gluon.jit
+def copy_q(
+    target, q_ptr, strides8, token, row0, rows, column,
+    N: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start copying columns column .. column + WIDTH - 1 of a tile of ROWS query rows, in layout LAYOUT."""
+    c = column + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    i = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    r = token * N + row0 + i
+    offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
+    cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
+
+
+@gluon.jit
 def _load_block(b, page, block, seq_len, table, cache, smem, R: gl.constexpr, PAGE: gl.constexpr):
     """Copy a block's cache rows by TMA, once its two halves are free."""
     BOX: gl.constexpr = min(PAGE, 64)

@@ -24,8 +24,7 @@ HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where me
 def build(few_rows: int = 0, **edits):
     """few_rows: up to which products are transposed. Nowhere: test_gluon_few_emulated.py has those."""
     modules = dict(zip(MODULES, emulated(*(f"mla_kernels.{name}" for name in MODULES), **edits), strict=True))
-    for roles in (modules["hopper_decode"], modules["hopper_few"]):
-        roles.LN_2 = primitives.LN_2.value
+    modules["hopper_decode"].LN_2 = primitives.LN_2.value
     launch, kernel = modules["hopper_launch"], modules["decode.gluon_sm90"]
     kernel._FEW_ROWS = few_rows
     launch.device_of = lambda tensor: GPU

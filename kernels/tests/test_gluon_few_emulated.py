@@ -166,7 +166,7 @@ def both(kernel):
 
 NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
 SCALE = "factor = scale_log2 * cache_scale\n            if CODES"
-LAST = "sum_of_query, 1.0)\n    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n    smem.last.store(cache_scale"
+LAST = "sum_of_row, 1.0)\n    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n    smem.last.store(cache_scale"
 READ, STORE = "    r = token * N + row0 + i\n    offset", "gl.SliceLayout(0, lay))\n    r = token * N + row0 + i"
 ORDER = "words.reshape([F, TILE // 16, 4, 2]).permute((0, 1, 3, 2))"
 MISTAKES = {
@@ -197,7 +197,7 @@ MISTAKES = {
     "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
     "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
     "rows of later tiles see what the first one's do": ("row = row0 + (uniform", "row = (uniform"),
-    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, query_lse", "rows_per_slot + i, query_lse"),
+    "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, row_lse", "rows_per_slot + i, row_lse"),
 }
 
 
