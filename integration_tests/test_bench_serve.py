@@ -287,6 +287,20 @@ def test_tokenizer_gives_back_the_same_tokens(tmp_path):
     assert all(tokenizer.decode([token]).strip() for token in range(2000))
 
 
+def test_prompts_of_the_longest_words_are_not_too_long_for_vllm(tmp_path):
+    """It compares characters before it counts tokens. A server for n-grams alone refused two prompts of 32 for it."""
+    transformers = pytest.importorskip("transformers")
+    params = pytest.importorskip("vllm.renderers.params")
+    tokenizers = pytest.importorskip("vllm.tokenizers.hf")
+    vllm_server.write_model(tmp_path, TINY)
+    tokenizer = tokenizers.get_cached_tokenizer(transformers.AutoTokenizer.from_pretrained(tmp_path))
+    prompt = tokenizer.decode([TINY["vocab_size"] - 1] * 1024)
+    room = {"max_total_tokens": 1024}
+    assert params.TokenizeParams(**room).apply_pre_tokenization(tokenizer, {"prompt": prompt})["prompt"] == prompt
+    with pytest.raises(pytest.importorskip("vllm.exceptions").VLLMValidationError, match="context length"):
+        params.TokenizeParams(**room).apply_pre_tokenization(tokenizer, {"prompt": prompt * 4})
+
+
 def test_options_of_servers():
     experiment = Experiment(model=TINY)
     plain = vllm_server.options(OURS, experiment, speculative=False)

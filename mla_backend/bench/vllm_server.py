@@ -35,13 +35,14 @@ def write_model(folder: pathlib.Path, model: dict) -> None:
     """A config.json, and a tokenizer of as many words as the model has tokens.
 
     Words with blanks between come back as the same tokens, which prompts of an exact length need; and every token has a
-    text, without which the client would take it for part of the next one.
+    text, without which the client would take it for part of the next one. One word is longer than all others: vLLM
+    refuses prompts of more characters than tokens times the longest word, and does not count blanks.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     (folder / "config.json").write_text(json.dumps(model))
-    end = "</s>"
+    end = "<end-of-sequence>"
     words = {end: 0} | {f"t{number}": number for number in range(1, model["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=end))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
