@@ -214,9 +214,10 @@ LEAVES = {
     "hopper_few": (
         *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),
     ),
+    "hopper_turns": (*("hopper", "hopper_codes", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),),
     "hopper_codes_launch": (
         *("hopper", "hopper_codes", "hopper_codes_load", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load"),
-        *("launching", "schedule"),
+        *("hopper_turns", "launching", "schedule"),
     ),
     "hopper_few_launch": (
         *("hopper", "hopper_unpack", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),

@@ -16,6 +16,7 @@ from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache
+from mla_kernels.hopper_turns import allocate_turns, take_turns
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
 
@@ -36,7 +37,10 @@ def _decode_codes_kernel(
 ):  # fmt: skip
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
     # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
-    smem, q_s, q_rope_s = allocate(gl.float16, F, [STEP * BLOCK, F], weight_lay, GATHER, STAGES, STEP)
+    if F == 64:
+        smem, q_s, q_rope_s = allocate_turns(GATHER, STAGES)
+    else:
+        smem, q_s, q_rope_s = allocate(gl.float16, F, [STEP * BLOCK, F], weight_lay, GATHER, STAGES, STEP)
 
     gdc_wait()  # for whoever wrote queries, cache or lengths
     gdc_launch_dependents()
@@ -52,15 +56,26 @@ def _decode_codes_kernel(
     plan = (plan_ptr, pieces, cuts, cuts_before)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    gl.warp_specialize(
-        [
-            (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
-            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, False, STEP, STAGES, 0)),
-            (accumulate, (out, work, smem, N, F, RAGGED, STEP, STAGES)),
-        ],
-        [4 * STEP, 8],
-        [ATTEND_REGS, ADDER_REGS],
-    )
+    if F == 64:
+        gl.warp_specialize(
+            [
+                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
+                (take_turns, (q, lse, plan, out, scale_log2, scale_ptr, work, smem, 0, N, R, RAGGED, STAGES)),
+                (take_turns, (q, lse, plan, out, scale_log2, scale_ptr, work, smem, 1, N, R, RAGGED, STAGES)),
+            ],
+            [4, 4],
+            [ATTEND_REGS, ADDER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
+                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, False, STEP, STAGES, 0)),
+                (accumulate, (out, work, smem, N, F, RAGGED, STEP, STAGES)),
+            ],
+            [4 * STEP, 8],
+            [ATTEND_REGS, ADDER_REGS],
+        )
 
 
 class Roles(NamedTuple):
@@ -73,7 +88,7 @@ class Roles(NamedTuple):
     adder_registers: int
 
 
-ROLES = {16: Roles(2, 2, 104, 120), 32: Roles(2, 2, 104, 120), 64: Roles(1, 3, 136, 176)}  # by columns
+ROLES = {16: Roles(2, 2, 104, 120), 32: Roles(2, 2, 104, 120), 64: Roles(1, 3, 240, 240)}  # by columns
 
 
 def decode_codes(prepared, rows: int, columns: int, parts: int, part, part_lse, plan, cache_scale) -> None:

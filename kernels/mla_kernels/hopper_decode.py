@@ -192,16 +192,9 @@ def _attend_block(
 
 
 @gluon.jit
-def finish_piece(
-    sum_of_row, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N: gl.constexpr
-):  # fmt: skip
-    """Tell what outputs of a piece's rows `i` have to be multiplied with, and write their LSE.  A tile's rows are query
-    rows, or columns that are."""
+def write_lse(sum_of_row, safe, top, i, slot, token, row0, rows, lse, N: gl.constexpr):
+    """LSE of a piece's rows `i`.   safe: their sums, or 1 where nothing was seen."""
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
-    safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
-    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
-    smem.last.store(cache_scale / safe)
-    mbarrier.arrive(smem.last_full, count=1)
     row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
     if slot < 0:
         r = token * N + row0 + i
@@ -209,6 +202,19 @@ def finish_piece(
         gl.store(lse_ptr + at_row, row_lse * LN_2, mask=i < rows)
     else:
         gl.store(part_lse_ptr + slot * rows_per_slot + row0 + i, row_lse, mask=i < rows)
+
+
+@gluon.jit
+def finish_piece(
+    sum_of_row, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N: gl.constexpr
+):  # fmt: skip
+    """Tell what outputs of a piece's rows `i` have to be multiplied with, and write their LSE.  A tile's rows are query
+    rows, or columns that are."""
+    safe = gl.where(sum_of_row > 0, sum_of_row, 1.0)
+    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
+    smem.last.store(cache_scale / safe)
+    mbarrier.arrive(smem.last_full, count=1)
+    write_lse(sum_of_row, safe, top, i, slot, token, row0, rows, lse, N)
 
 
 @gluon.jit

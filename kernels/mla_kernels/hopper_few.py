@@ -54,15 +54,6 @@ def _scores(block, q_s, q_rope_s, smem, F: gl.constexpr, R: gl.constexpr, GATHER
 
 
 @gluon.jit
-def _sums(x, KEYS: gl.constexpr, F: gl.constexpr, CODES: gl.constexpr):
-    """Sums of a [KEYS, F] tile's columns as far as a thread adds alone: nowhere, or its two rows if columns are many.
-
-    Of a 16-bit cache nowhere: with fixed splits sums must be the same whatever F is.
-    """
-    return gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1) if F == 64 and CODES > 0 else x.reshape([1, KEYS, F])
-
-
-@gluon.jit
 def _attend_block(
     b, begin, top, total, block, seen, row0, scale_log2, q_s, q_rope_s, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, GATHER: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr,
@@ -101,14 +92,13 @@ def _attend_block(
         rescale = gl.exp2(top - new_top)
         weight = gl.exp2(gl.fma(s, scale_log2, -new_top[None, :]))
         smem.factor.store(rescale)
-        rescale = gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))
-        total = total * rescale[None, None, :]
+        total = total * rescale[None, :]
         top = new_top
     smem.weight.store(weight.to(smem.weight.dtype))
     smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
     fence_async_shared()
     mbarrier.arrive(smem.weight_full, count=1)
-    return top, total + _sums(weight, KEYS, F, CODES)
+    return top, total + weight
 
 
 @gluon.jit
@@ -123,14 +113,13 @@ def _attend_piece(
     query_lay: gl.constexpr = gl.SliceLayout(0, s_lay)
     i = gl.arange(0, F, query_lay)
     top = gl.full([F], NOTHING, gl.float32, query_lay)
-    total = _sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F, CODES)
+    total = gl.zeros([STEP * BLOCK, F], gl.float32, s_lay)
     for b in range(begin, end, STEP):
         top, total = _attend_block(
             b, begin, top, total, block, seen, row0, scale_log2, q_s, q_rope_s, smem, N, F, R, GATHER, CODES, STAGES
         )
         block += 1
-    sum_of_query = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), query_lay)
-    finish_piece(sum_of_query, top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N)
+    finish_piece(gl.sum(total, 0), top, cache_scale, i, slot, pieces, token, row0, rows, lse, smem, N)
     return block, pieces + 1
 
 

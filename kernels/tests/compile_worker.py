@@ -63,8 +63,8 @@ GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fix
 SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
 WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
 UNPACK_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
-# The same, mostly, where codes become float16 in registers; with 64 queries a few words of `attend`'s loop, too.
-CODES_SPILLED, WIDE_CODES_SPILLED = 112, 320
+# The same, mostly, where codes become float16 in registers; with 64 queries a tenth of it is in the loop over blocks.
+CODES_SPILLED, WIDE_CODES_SPILLED = 112, 256
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged, and with fixed splits their

@@ -13,8 +13,8 @@ from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_d
 
 MODULES = (
     *("hopper", "tma", "schedule", "hopper_load", "hopper_unpack", "hopper_shrink", "hopper_decode"),
-    *("hopper_columns", "hopper_codes_load", "hopper_codes", "hopper_few", "hopper_launch", "hopper_few_launch"),
-    *("hopper_codes_launch", "decode.gluon_sm90"),
+    *("hopper_columns", "hopper_codes_load", "hopper_codes", "hopper_few", "hopper_turns", "hopper_launch"),
+    *("hopper_few_launch", "hopper_codes_launch", "decode.gluon_sm90"),
 )
 TWO_AND_A_BIT = 0x40100000  # 2.25 as an integer: scratch holds what others left, such as floats
 GPU = Device("cuda", 90, "a small Hopper", 5)

@@ -167,7 +167,7 @@ def both(kernel):
 NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
 SCALE = "factor = scale_log2 * cache_scale\n            if CODES"
 LAST = "sum_of_row, 1.0)\n    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n    smem.last.store(cache_scale"
-READ, STORE = "    r = token * N + row0 + i\n    offset", "gl.SliceLayout(0, lay))\n    r = token * N + row0 + i"
+READ = "    r = token * N + row0 + i\n    offset"
 ORDER = "words.reshape([F, TILE // 16, 4, 2]).permute((0, 1, 3, 2))"
 MISTAKES = {
     "the scale is left out of scores": (SCALE, SCALE.replace("* cache_scale", "* 1.0")),
@@ -176,7 +176,7 @@ MISTAKES = {
     "a query sees one key too many": ("first_query + row // N", "first_query + 1 + row // N"),
     "a part sees what is behind its last block": ("known = gl.minimum(seq_len, end * BLOCK)  #", "known = seq_len  #"),
     "a part adds what is behind its last block": ("known = gl.minimum(seq_len, end * BLOCK)\n", "known = seq_len\n"),
-    "sums are not rescaled": ("total = total * rescale[None, None, :]", "pass"),
+    "sums are not rescaled": ("total = total * rescale[None, :]", "pass"),
     "outputs are not rescaled": ("        rescale = smem.factor.load(query_lay)[None, :]", "        rescale = 1.0"),
     "outputs of codes are not rescaled": (
         "rescale = smem.factor.load(gl.SliceLayout(0, o_lay))[None, :]",
@@ -195,8 +195,6 @@ MISTAKES = {
         "_write_half(acc2 * last, acc3 * last, 0",
     ),
     "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
-    "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
-    "rows of later tiles see what the first one's do": ("row = row0 + (uniform", "row = (uniform"),
     "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, row_lse", "rows_per_slot + i, row_lse"),
 }
 

@@ -88,6 +88,32 @@ def test_more_query_rows_of_fp8(heads, query_len, rope):
     check(make(heads, [129, 4, 1000], rope=rope, query_lens=query_len, page_size=16, dtype=torch.float16, **PACKED))
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8 with a scale"])
+@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
+@pytest.mark.parametrize(
+    ("seq_lens", "page_size"),
+    [([1, 0, 17], 64), ([63, 64, 65], 1), ([15, 200, 16, 1, 130], 16), ([3000, 5, 700], 48), ([127, 129, 9000], 128)],
+    ids=str,
+)
+def test_lengths_of_more_query_rows_of_fp8(seq_lens, page_size, needles, name):
+    for dtype in (torch.bfloat16, torch.float16):
+        check(make(40, seq_lens, page_size=page_size, dtype=dtype, needles=needles, **CACHES[name]))
+
+
+@pytest.mark.parametrize("score", [-1000.0, 1000.0, None])
+@pytest.mark.parametrize("heads", [12, 48])
+def test_references_that_move(heads, score):
+    """Scores all far from zero, or growing again and again by more than a reference may lag behind."""
+    case = make(heads, [5000, 300, 70], dtype=torch.float16, needles=score is None, cache_dtype=E4M3)
+    _, q_rope, cache_AGK, _, _ = case.arrays
+    if score is None:
+        case.options["scale"] *= 8
+    else:
+        cache_AGK[..., 512:] = torch.ones(64, device="cuda").to(E4M3)
+        q_rope[:] = score / 64 / case.options["scale"]
+    check(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [5, 30, 40])
 def test_any_scale_of_packed_rows_is_read(heads, dtype):
@@ -119,13 +145,17 @@ def test_ragged(cache):
 
 @pytest.mark.parametrize("batch", [1, 2, 40, 131, 133, 300])
 def test_batches_cut_in_every_way(batch, cache):
-    check(make(16, [1 + (i * i * 97 + 31 * batch) % 1200 for i in range(batch)], **cache))
+    lengths = [1 + (i * i * 97 + 31 * batch) % 1200 for i in range(batch)]
+    check(make(16, lengths, **cache))
+    if cache and cache != PACKED:
+        check(make(66, lengths, **cache))
 
 
+@pytest.mark.parametrize("heads", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_code_is_the_value_that_torch_says(dtype):
+def test_every_code_is_the_value_that_torch_says(dtype, heads):
     """A query that looks at one key only reads out that key's codes; NaN stays NaN."""
-    case = make(1, [4], rope=0, dtype=dtype, needles=False, cache_dtype=E4M3)
+    case = make(heads, [4], rope=0, dtype=dtype, needles=False, cache_dtype=E4M3)
     q_latent, _, cache_AGK, table, _ = case.arrays
     codes = torch.arange(512, device="cuda").remainder(256).to(torch.uint8)
     not_a_number = (codes & 0x7F) == 0x7F

@@ -1,0 +1,338 @@
+"""The roles of Hopper decode for an fp8 cache with one scale and 33 to 64 query rows: two warpgroups that take turns.
+
+Outputs of 64 queries fill half of the registers that there are. Here each warpgroup holds half of them, one half of the
+latent, and takes the scores of every other block, so that the softmax of one is under products of the other (the
+schedule of FlashMLA, whose queries are rows):
+
+  load_codes, gather_codes   (hopper_codes_load.py) fill k with codes of a block, half a row at a time, when it is empty
+  take_turns, twice          `scores` of its next block (hopper_codes.py); outputs += the other's block: its half of
+                             values, transposed, times weights; softmax weights of its own block into `weight`; outputs
+                             += its own block
+
+`turn` is 0 or 1, which of the two; block k is warpgroup k % 2's. A block's softmax begins with the references that the
+block before it left. A block's buffers are free when both halves are added: two blocks are in use, the third is on its
+way. In another order, with both products behind the next scores, three were, and 64 heads took 182 us for 164.
+Weights of a block need no barrier that says they are empty: when a warpgroup has the other's next weights, the other is
+done with these, and at the end of a piece they wait for each other.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
+from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, scores
+from mla_kernels.hopper_decode import LAZY, scale_of, write_lse, write_plan
+from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
+from mla_kernels.hopper_shrink import shrink_q
+from mla_kernels.schedule import BLOCK, piece
+
+QUERIES = gl.constexpr(64)
+# Of scores and outputs: keys, or columns of the latent, by queries.
+TILE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+QUERY = gl.constexpr(gl.SliceLayout(0, TILE_LAYOUT))
+# Who holds which words of [64 keys, 32 words of four columns]: as two transposed left operands of [64, 64].
+WORDS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [0, 16]],
+        block_bases=[],
+        shape=[64, 32],
+    )
+)
+# The outputs that such words make, [128 columns, 64 queries]: all four columns of a word are a thread's.
+COLUMNS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [0, 1], [0, 8], [0, 16], [0, 32]],
+        lane_bases=[[0, 2], [0, 4], [4, 0], [8, 0], [16, 0]],
+        warp_bases=[[32, 0], [64, 0]],
+        block_bases=[],
+        shape=[128, 64],
+    )
+)
+
+
+class Turns(NamedTuple):
+    """What the roles share: buffers, and barriers that say when they are full or empty."""
+
+    k: object  # [2 * stages, 64, 256], codes of blocks, half by half
+    k_rope: object  # [stages, 64, 128], of which half are none
+    weight: object  # [2, 64, 64], softmax weights of a block, of either warpgroup
+    above: object  # [2, 4], of either one's block how far each warp's scores are above their references, at most
+    factor: object  # [2, 64], if that is far: what outputs have to be multiplied with before the block
+    minus_top: object  # [64], the queries' references, negative
+    power: object  # [1], what queries were divided by
+    sums: object  # [2, 2, 64], of weights: of every other piece, of either warpgroup's blocks
+    k_full: object
+    k_empty: object
+    weight_full: object
+    sums_full: object
+    q_full: object
+
+
+@gluon.jit
+def allocate_turns(GATHER: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory with its barriers ready: (Turns, latent part of queries in two halves, rotary part)."""
+    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
+    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_s = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK, HALF], SWIZZLED_CODES)
+    rope_s = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, 2 * TILE], SWIZZLED_CODES)
+    q_s = gl.allocate_shared_memory(gl.float16, [2, QUERIES, HALF], SWIZZLED)
+    q_rope_s = gl.allocate_shared_memory(gl.float16, [QUERIES, TILE], SWIZZLED)
+    weight_s = gl.allocate_shared_memory(gl.float16, [2, BLOCK, QUERIES], weight_lay)
+    above_s = gl.allocate_shared_memory(gl.float32, [2, 4], row_lay)
+    factor_s = gl.allocate_shared_memory(gl.float32, [2, QUERIES], row_lay)
+    minus_top_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
+    power_s = gl.allocate_shared_memory(gl.float32, [1], row_lay)
+    sums_s = gl.allocate_shared_memory(gl.float32, [4, QUERIES], row_lay)
+    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
+    k_empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
+    weight_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
+    sums_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
+    for d in gl.static_range(2 * STAGES):
+        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
+        mbarrier.init(k_empty.index(d), count=2)  # who takes scores, and who adds this half up
+    for d in gl.static_range(2):
+        mbarrier.init(weight_full.index(d), count=1)
+    for d in gl.static_range(4):
+        mbarrier.init(sums_full.index(d), count=1)
+    mbarrier.init(q_full, count=1)
+    fence_async_shared()
+    smem = Turns(
+        k_s, rope_s, weight_s, above_s, factor_s, minus_top_s, power_s, sums_s,
+        k_full, k_empty, weight_full, sums_full, q_full,
+    )  # fmt: skip
+    return smem, q_s, q_rope_s
+
+
+@gluon.jit
+def _thread_sums(x):
+    """Sums of a [64, 64] tile's columns as far as a thread adds alone: its two rows."""
+    return gl.sum(x.reshape([4, 2, 8, QUERIES]), 1)
+
+
+@gluon.jit
+def _largest_of_warps(x):
+    """The largest value of a [64, 64] tile that each of four warps holds: first what a thread has, then across."""
+    of_threads = gl.max(gl.max(gl.max(x.reshape([4, 2, 8, 8, 4, 2]), 5), 3), 1)
+    return gl.max(gl.max(of_threads, 2), 1)
+
+
+@gluon.jit
+def _rescale_sums(total, rescale):
+    return total * gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))[None, None, :]
+
+
+@gluon.jit
+def _weigh(
+    s, b, first, block, total, seen, row0, scale_log2, smem, turn: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """Softmax weights of scores `s` of block `b`, for both. Returns sums of this warpgroup's weights so far.
+
+    first: whether the piece begins with it.   seen: (position of the request's first query token, tokens that its last
+    one sees).   References may lag behind the largest score by LAZY, as in hopper_decode.py;
+    that of a query that has seen no key is 0. Whether one has to move is known only when weights are written already:
+    then they are written again.
+    """
+    first_query, seq_len = seen
+    if first:
+        smem.minus_top.store(gl.full([QUERIES], 0, gl.float32, QUERY))
+    if (b + 1) * BLOCK > first_query + 1:
+        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, TILE_LAYOUT))
+        # Computed here, from a zero that the compiler cannot see: the loop has no registers for it.
+        row = row0 + (uniform(block) >> 30) + gl.arange(0, QUERIES, QUERY)
+        sees = gl.minimum(first_query + row // N, seq_len - 1)  # position of the last key that the query may see
+        s = gl.where(position[:, None] <= sees[None, :], s, float("-inf"))
+    s = gl.fma(s, scale_log2, smem.minus_top.load(QUERY)[None, :])
+    weight = gl.exp2(s)
+    sums = _thread_sums(weight)
+    smem.above.index(turn).store(_largest_of_warps(s))
+    smem.weight.index(turn).store(weight.to(gl.float16))
+    fence_async_shared()
+    if first | _outgrown(smem, turn):
+        largest = gl.max(s, 0)
+        by = gl.where((largest > LAZY) | (first & (largest > float("-inf"))), largest, 0.0)
+        smem.factor.index(turn).store(gl.exp2(-gl.maximum(by, 0.0)))  # in the first block there is nothing to multiply
+        smem.minus_top.store(smem.minus_top.load(QUERY) - by)
+        weight = gl.exp2(s - by[None, :])
+        sums = _thread_sums(weight)
+        total = _rescale_sums(total, smem.factor.index(turn).load(QUERY))
+        smem.weight.index(turn).store(weight.to(gl.float16))
+        fence_async_shared()
+    mbarrier.arrive(smem.weight_full.index(turn), count=1)
+    return total + sums
+
+
+@gluon.jit
+def _outgrown(smem, whose):
+    """Whether a score of a block is too far above its reference."""
+    return gl.max(smem.above.index(whose).load(gl.BlockedLayout([4], [32], [4], [0])), 0) > LAZY
+
+
+@gluon.jit
+def _words(b, chunk: gl.constexpr, buffer, seq_len):
+    """Of a half of block `b`: its chunk-th 128 columns as [64 keys, 32 words of four]; 0 behind the last token."""
+    words = reinterpret(buffer, gl.int32, [BLOCK, HALF // 4], SWIZZLED_WORDS).slice(chunk * 32, 32, dim=1).load(WORDS)
+    if (b + 1) * BLOCK > seq_len:  # what is there may be NaN, and 0 * NaN is NaN
+        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, WORDS))
+        words = gl.where((position < seq_len)[:, None], words, 0)
+    return words
+
+
+@gluon.jit
+def _add_columns(acc, words, weight, PAIRS: gl.constexpr):
+    """Start adding two columns of each word times weights."""
+    y0, y1 = gl.inline_asm_elementwise(
+        PAIRS, "=r,=r,r,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )  # fmt: skip
+    x = gl.join(y0, y1).reshape([BLOCK, 4, 8, 2]).permute((1, 3, 2, 0)).reshape([64, BLOCK])
+    x = gl.convert_layout(x, gl.DotOperandLayout(0, TILE_LAYOUT, 2))
+    return warpgroup_mma(x, weight, acc, is_async=True)
+
+
+@gluon.jit
+def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.constexpr, STAGES: gl.constexpr):
+    """Add values of this warpgroup's half of block `b`, its own or the other's, times weights. Returns outputs, and
+    sums of weights, which the other's block may have rescaled."""
+    acc0, acc1, acc2, acc3 = acc
+    stage, phase, _ = ring(block, STAGES)
+    whose = uniform(block) & 1  # which is known, but as a constant it costs registers
+    values = smem.k.index(2 * stage + turn)
+    if not OWN:
+        mbarrier.wait(smem.k_full.index(2 * stage + turn), phase)
+    words = _words(b, 0, values, seq_len)
+    if not OWN:
+        mbarrier.wait(smem.weight_full.index(whose), (block >> 1) & 1)
+    if _outgrown(smem, whose):
+        rescale = smem.factor.index(whose).load(QUERY)
+        acc0 = acc0 * rescale[None, :]
+        acc1 = acc1 * rescale[None, :]
+        acc2 = acc2 * rescale[None, :]
+        acc3 = acc3 * rescale[None, :]
+        if not OWN:
+            total = _rescale_sums(total, rescale)
+    weight = smem.weight.index(whose)
+    acc0 = _add_columns(acc0, words, weight, FIRST_PAIRS)
+    acc1 = _add_columns(acc1, words, weight, LAST_PAIRS)
+    words = _words(b, 1, values, seq_len)
+    acc0, acc1 = warpgroup_mma_wait(1, deps=[acc0, acc1])
+    acc2 = _add_columns(acc2, words, weight, FIRST_PAIRS)
+    acc1, acc2 = warpgroup_mma_wait(1, deps=[acc1, acc2])
+    acc3 = _add_columns(acc3, words, weight, LAST_PAIRS)
+    mbarrier.arrive(smem.k_empty.index(2 * stage + turn), count=1)
+    return warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, acc3]), total
+
+
+@gluon.jit
+def _store(acc0, acc1, chunk, slot, out, row0, rows, token, turn: gl.constexpr, N: gl.constexpr):
+    """Write 128 columns of outputs: of a word's first two and last two columns, [64, 64 queries] each."""
+    out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
+    x = gl.join(acc0, acc1).reshape([4, 2, 8, QUERIES, 2]).permute((0, 2, 4, 1, 3)).reshape([HALF // 2, QUERIES])
+    x = gl.convert_layout(x, COLUMNS)
+    i = gl.arange(0, QUERIES, gl.SliceLayout(0, COLUMNS))
+    column = turn * HALF + chunk * (HALF // 2) + gl.arange(0, HALF // 2, gl.SliceLayout(1, COLUMNS))
+    here = (i < rows)[None, :]
+    if slot < 0:
+        r = token * N + row0 + i
+        at_row = (r // N).to(gl.int64) * stride_out_t + (r % N).to(gl.int64) * stride_out_n
+        gl.store(out_ptr + at_row[None, :] + column[:, None], x.to(out_ptr.dtype.element_ty), mask=here)
+    else:
+        at_row = (slot * rows_per_slot + row0 + i).to(gl.int64) * LATENT
+        gl.store(part_ptr + at_row[None, :] + column[:, None], x, mask=here)
+
+
+@gluon.jit
+def _load_q(q, token, row0, rows, smem, N: gl.constexpr, R: gl.constexpr):
+    """Queries of a piece for both warpgroups, as float16."""
+    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
+    q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    raw = reinterpret(q_s, dtype, [2, QUERIES, HALF], SWIZZLED)
+    raw_rope = reinterpret(q_rope_s, dtype, [QUERIES, TILE], SWIZZLED)
+    for half in gl.static_range(2):
+        copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, QUERIES, HALF, q_lay)
+    if R > 0:
+        copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, QUERIES, TILE, q_lay)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    power = shrink_q(q_s, q_rope_s, dtype, QUERIES, R, 4)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    smem.power.store(gl.full([1], 0, gl.float32, one) + power)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(smem.q_full, count=1)
+
+
+@gluon.jit
+def _sum_of_both(total, pieces, smem, turn: gl.constexpr):
+    """Sums of both warpgroups' weights of a piece, [64 queries]. Either may be a piece ahead of the other's reading."""
+    own = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), QUERY)
+    buffer = 2 * (pieces & 1)
+    smem.sums.index(buffer + turn).store(own)
+    mbarrier.arrive(smem.sums_full.index(buffer + turn), count=1)
+    mbarrier.wait(smem.sums_full.index(buffer + 1 - turn), (pieces >> 1) & 1)
+    first, second = smem.sums.index(buffer).load(QUERY), smem.sums.index(buffer + 1).load(QUERY)
+    return first + second  # in both warpgroups the same
+
+
+@gluon.jit
+def take_turns(
+    q, lse, plan, out, scale_log2, scale_ptr, work, smem,
+    turn: gl.constexpr, N: gl.constexpr, R: gl.constexpr, RAGGED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup of the two: scores and weights of its blocks, its half of outputs. The first loads queries and
+    writes the LSE."""
+    shared, lengths = work
+    if turn == 0:
+        write_plan(plan, shared)
+    row0 = gl.program_id(0) * QUERIES
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    cache_scale = scale_of(scale_ptr)
+    block = 0
+    pieces = 0
+    for request in range(shared[0], shared[2] + 1):
+        begin, end, seq_len, token, tokens, rows, slot, _ = piece(
+            request, shared, lengths, gl.program_id(1), row0, 0, N, QUERIES, RAGGED, 0
+        )
+        if rows > 0:
+            if turn == 0:
+                _load_q(q, token, row0, rows, smem, N, R)
+            mbarrier.wait(smem.q_full, pieces & 1)
+            factor = scale_log2 * cache_scale * gl.max(smem.power.load(one), 0)
+            seen = (seq_len - tokens, seq_len)
+            total = _thread_sums(gl.zeros([BLOCK, QUERIES], gl.float32, TILE_LAYOUT))
+            nothing = gl.zeros([HALF // 4, QUERIES], gl.float32, TILE_LAYOUT)
+            acc = nothing, nothing, nothing, nothing
+            before = block - begin
+            added = begin
+            for b in range(begin + ((block & 1) ^ turn), end, 2):
+                s = scores(before + b, q[4], q[5], smem, BLOCK, QUERIES, R, STAGES)
+                if b > begin:
+                    acc, total = _add_block(b - 1, before + b - 1, acc, total, seq_len, smem, turn, False, STAGES)
+                total = _weigh(s, b, b == begin, before + b, total, seen, row0, factor, smem, turn, N)
+                acc, total = _add_block(b, before + b, acc, total, seq_len, smem, turn, True, STAGES)
+                added = b + 1
+            if added < end:
+                acc, total = _add_block(added, before + added, acc, total, seq_len, smem, turn, False, STAGES)
+            block += end - begin
+            top = -smem.minus_top.load(QUERY)
+            sum_of_query = _sum_of_both(total, pieces, smem, turn)
+            pieces += 1
+            safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
+            if turn == 0:
+                write_lse(sum_of_query, safe, top, gl.arange(0, QUERIES, QUERY), slot, token, row0, rows, lse, N)
+            last = (cache_scale / safe)[None, :]
+            acc0, acc1, acc2, acc3 = acc
+            _store(acc0 * last, acc1 * last, 0, slot, out, row0, rows, token, turn, N)
+            _store(acc2 * last, acc3 * last, 1, slot, out, row0, rows, token, turn, N)
