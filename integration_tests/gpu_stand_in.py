@@ -75,10 +75,16 @@ def start_anew() -> None:
         function.device_caches.clear()
 
 
-def pretend(device: Device, note: Callable[[list], None] = COMPILED.append) -> None:
+def pretend(device: Device, note: Callable[[list], None] = COMPILED.append, *, numbers: bool = True) -> None:
     """Make every tensor of this process live on `device`, as far as kernels and adapters ask. `note` is called with
-    [kernel, its key] for each kernel that Triton would compile."""
+    [kernel, its key] for each kernel that Triton would compile.
+
+    numbers: whether new tensors must hold such, for an engine, which chokes on NaN. If not, nothing is written to them.
+    """
     mla_kernels.device_of = mla_kernels.device.device_of = lambda where: device
     driver.set_active(_Driver(device))
     JITFunction._do_compile = lambda *args: _compile_nothing(note, *args)
-    torch.Tensor.new_empty = torch.Tensor.new_zeros  # engines choke on numbers that are none
+    if numbers:
+        torch.Tensor.new_empty = torch.Tensor.new_zeros
+    else:
+        torch.Tensor.new_zeros = torch.Tensor.new_empty

@@ -1,10 +1,11 @@
 """What Triton would compile for batches of every kind, after the warm-up of a layer's attention.
 
-    python warmup_worker.py H200 '{"heads": 5}'            one JSON line: what batches made it compile after the warm-up
-    python warmup_worker.py H200 '{}' --forget             one line for each call of the warm-up, left out of it
+    python warmup_worker.py H200 '[{"heads": 5}, {}]'      what batches made it compile after the warm-up
+    python warmup_worker.py H200 '[{}]' --forget           the same for each call of the warm-up, left out of it
 
-The device is one of gpu_stand_in.py; the second argument changes numbers of SPEC below. A line: {"calls": of the
-warm-up, "compiled": kernels by it, "late": kernels that batches then needed, "forgotten": operation left out, or null}.
+The device is one of gpu_stand_in.py; each member of the second argument changes numbers of SPEC below, and has one JSON
+line: a list, of one with every call, or of one for each call left out, of {"calls": of the warm-up, "compiled": kernels
+by it, "late": kernels that batches then needed, "forgotten": operation left out, or null}.
 """
 
 import json
@@ -34,7 +35,8 @@ SPEC = {
 
 
 class Server:
-    """Calls attention as engines do: with slices of larger tensors, and numbers at any address."""
+    """Calls attention as engines do: with slices of larger tensors, and numbers at any address. Only whole numbers are
+    any: nobody looks at others, and memory that is not touched takes no time."""
 
     def __init__(self, device: str, spec: dict):
         from mla_backend.attention import MLAAttention
@@ -66,10 +68,10 @@ class Server:
             scale=0.1,
             decode_problem=replace(problem, layout=replace(layout, geometry=all_heads)),
         )
-        self.cache_AGK = torch.zeros(layout.shape(5), dtype=cache_dtype)
+        self.cache_AGK = torch.empty(layout.shape(5), dtype=cache_dtype)
         self.cache_scale = torch.ones(()) if layout.format.scaled else None
         self.scratch = [
-            torch.zeros(shape, dtype=dtype)
+            torch.empty(shape, dtype=dtype)
             for shape, dtype in self.attention.decode_workspace(max_requests=spec["max_requests"])
         ]
 
@@ -140,12 +142,12 @@ class Server:
         )
         decoded = self._rng.randrange(9)  # tokens before those of the prefill in the engine's batch
         self.attention.extend(
-            torch.zeros(decoded + tokens, heads, geometry.qk_head_dim, dtype=self.dtype)[decoded:],
+            torch.empty(decoded + tokens, heads, geometry.qk_head_dim, dtype=self.dtype)[decoded:],
             self.cache_AGK,
             step,
-            w_k_NPL=torch.zeros(heads, nope, latent, dtype=self.dtype),
-            w_v_NLV=torch.zeros(heads, latent, v, dtype=self.dtype),
-            out_TNV=torch.zeros(decoded + tokens, heads, v, dtype=self.dtype)[decoded:],
+            w_k_NPL=torch.empty(heads, nope, latent, dtype=self.dtype),
+            w_v_NLV=torch.empty(heads, latent, v, dtype=self.dtype),
+            out_TNV=torch.empty(decoded + tokens, heads, v, dtype=self.dtype)[decoded:],
             workspace=self.scratch,
             cache_scale=self.cache_scale,
         )
@@ -158,38 +160,38 @@ class Server:
         heads = self.attention.decode_problem.geometry.num_heads
         nope, latent = self.geometry.qk_nope_head_dim, self.geometry.kv_lora_rank
         if self.spec["joined"]:
-            q_TNK = torch.zeros(tokens, heads, self.geometry.latent_dim, dtype=self.dtype)
+            q_TNK = torch.empty(tokens, heads, self.geometry.latent_dim, dtype=self.dtype)
             return q_TNK[..., :latent], q_TNK[..., latent:]
-        absorbed_NTL = torch.zeros(heads, tokens, latent, dtype=self.dtype)  # a product per head
-        q_TNQ = torch.zeros(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)
+        absorbed_NTL = torch.empty(heads, tokens, latent, dtype=self.dtype)  # a product per head
+        q_TNQ = torch.empty(tokens, heads, self.geometry.qk_head_dim, dtype=self.dtype)
         return absorbed_NTL.transpose(0, 1), q_TNQ[..., nope:]
 
     def _prefill(self, new: list[int], old: list[int], most_keys: int = 32) -> None:
         from mla_backend.steps import PrefillStep, plan_context
 
         geometry, tokens = self.geometry, sum(new)
-        zeros = partial(torch.zeros, dtype=self.dtype)
+        empty = partial(torch.empty, dtype=self.dtype)
         decoded = self._rng.randrange(9)  # tokens before those of the prefill in the engine's batch
-        row_TK = zeros(decoded + tokens, 1536 + geometry.latent_dim)[decoded:, 1536:]  # one product with the queries'
+        row_TK = empty(decoded + tokens, 1536 + geometry.latent_dim)[decoded:, 1536:]  # one product with the queries'
         latent_TL, rope_TR = row_TK.split([geometry.kv_lora_rank, geometry.qk_rope_head_dim], -1)
         step = PrefillStep(
             query_start_B1=self._ints(len(new) + 1),
             max_query_len=max(new),
             block_table_BM=self._ints(len(new), self._rng.randrange(1, 40)),
             chunks=plan_context(new, old, most_keys=most_keys, device=torch.device("cpu")),
-            gather_buffer_SK=zeros(most_keys, geometry.latent_dim),
+            gather_buffer_SK=empty(most_keys, geometry.latent_dim),
         )
         slots = torch.zeros(decoded + tokens, dtype=torch.int64)[decoded:]
         for scale in {self.cache_scale, None}:
             self.attention.write(latent_TL.contiguous(), rope_TR, self.cache_AGK, slots, cache_scale=scale)
         self.attention.prefill(
-            zeros(decoded + tokens, geometry.num_heads, geometry.qk_head_dim)[decoded:],
+            empty(decoded + tokens, geometry.num_heads, geometry.qk_head_dim)[decoded:],
             latent_TL,
             rope_TR,
             self.cache_AGK,
             step,
-            up_project=lambda x: zeros(len(x), geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim),
-            out_TNV=zeros(decoded + tokens, geometry.num_heads, geometry.v_head_dim)[decoded:],
+            up_project=lambda x: empty(len(x), geometry.num_heads, geometry.qk_nope_head_dim + geometry.v_head_dim),
+            out_TNV=empty(decoded + tokens, geometry.num_heads, geometry.v_head_dim)[decoded:],
             cache_scale=self.cache_scale,
         )
 
@@ -208,10 +210,11 @@ def try_without(server: Server, forgotten: int | None) -> dict:
 
 
 def main(device: str, changes: str, forget: str | None = None) -> None:
-    pretend(DEVICES[device])
-    server = Server(device, SPEC | json.loads(changes))
-    for forgotten in range(len(server.warm_up())) if forget else (None,):
-        print(json.dumps(try_without(server, forgotten)), flush=True)
+    pretend(DEVICES[device], numbers=False)
+    for changed in json.loads(changes):
+        server = Server(device, SPEC | changed)
+        left_out = range(len(server.warm_up())) if forget else (None,)
+        print(json.dumps([try_without(server, forgotten) for forgotten in left_out]), flush=True)
 
 
 if __name__ == "__main__":
