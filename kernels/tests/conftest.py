@@ -9,6 +9,10 @@ from mla_kernels.device import device_of, interpreting
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel module is imported
+if interpreting():
+    from quick_interpreter import make_quick
+
+    make_quick()
 
 
 @pytest.fixture
