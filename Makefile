@@ -91,7 +91,7 @@ demo: $(READY)
 # Kernels run in Triton's interpreter; the engine's tests choose for themselves. The server's tests watch the clock, so
 # nothing else runs beside them.
 test: lint
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(WORKERS) kernels/tests
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal kernels/tests
 	$(RUN) -m pytest -q -n $(WORKERS) --dist loadfile integration_tests --ignore integration_tests/test_vllm_serve.py
 	$(RUN) -m pytest -q integration_tests/test_vllm_serve.py
 

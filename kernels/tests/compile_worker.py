@@ -42,6 +42,7 @@ EVERY_VARIANT = "DeepSeek-V3 TP8"  # float16, float32 and every option are compi
 # What is left to see of these is that they compile: sm_89 has the tiles of sm_86, and what those of the other two take
 # is in tile_resources.csv.
 COMPILED_FOR_ONE = (89, 100, 120)
+LEAST_SHARED = 86  # where most kernels could fail: every dtype of queries meets an fp8 cache there
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170, "gfx942": 304}
 MAX_QUERY_LEN = 4
 # Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
@@ -181,6 +182,7 @@ def compiled_instead_of_launched(device: Device):
     launching.BY_TABLE = False  # every launch shall be seen
     # The log of Triton's own call of ptxas: the right one of its several tools, and the options that it gave.
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+    knobs.compilation.disable_line_info = True  # it takes an eighth of the time, and changes no instruction
     # An engine may listen to what is compiled (vLLM does), and then Triton writes every constant as JSON.
     knobs.runtime.jit_post_compile_hook = lambda **_: None
     JITFunction.run = compile_only
@@ -277,7 +279,7 @@ def instructions(kernel) -> dict:
     """How often the instructions that matter on Hopper are in the machine code.
 
     HGMMA and HMMA multiply matrices, a warpgroup's and a warp's. UTMALDG is TMA; ARRIVES tells a barrier of copies that
-    threads started. LDL and STL are spills.
+    threads started. LDL and STL are spills. (Kernels that merge multiply none, and what they spill ptxas says.)
     """
     names = re.findall(r"^\s*/\*\w+\*/\s+(?:@\S+\s+)?([A-Z]\w*)", on_cubin(kernel, "nvdisasm", "-c"), re.MULTILINE)
     return {name: names.count(name) for name in ("HGMMA", "UTMALDG", "ARRIVES", "HMMA", "LDL", "STL")}
@@ -335,7 +337,7 @@ def faults(row: dict) -> list[str]:
         copies = () if packed else ("ARRIVES",) if row["page_size"] in GATHERED else ("UTMALDG",)
         wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", *copies) if not count[name]]
     unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
-    wrong += [f"no {name} in the machine code, got {count[name]}" for name in unwanted if count[name]]
+    wrong += [f"no {name} in the machine code, got {count[name]}" for name in unwanted if count.get(name)]
     return wrong
 
 
@@ -378,7 +380,13 @@ def prefill_variants():
         geometry = MLAGeometry(
             num_heads=3, kv_lora_rank=512, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        for (causal, accumulate), pieces in product(PREFILL_FORMS[:: 2 if number else 1], PIECES):
+        # Of the first geometry every form; of the others, in turn, each form whole or in pieces.
+        forms = (
+            product(PREFILL_FORMS, PIECES)
+            if not number
+            else zip(PREFILL_FORMS[::2], PIECES[:: (-1) ** number], strict=True)
+        )
+        for (causal, accumulate), pieces in forms:
             case = make_prefill(geometry, [70, 4], causal=causal, dtype=dtype, needles=False)
             name = f"nope {nope}, rope {rope}, v {v}, {'causal' if causal else 'every key'}"
             name += f"{', accumulated' * accumulate}{', in pieces' * bool(pieces)}"
@@ -395,20 +403,33 @@ def variants(operation: str, kernel: str, device: Device):
         yield from HOPPER_VARIANTS[kernel]()
         return
     for name, (heads, latent, nope, rope, v) in GEOMETRIES.items():
-        every = name == EVERY_VARIANT
-        if device.arch in COMPILED_FOR_ONE and not every:
+        if device.arch in COMPILED_FOR_ONE and name != EVERY_VARIANT:
             continue
         geometry = MLAGeometry(
             num_heads=heads, kv_lora_rank=latent, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=v
         )
-        launch = globals()[f"launch_{operation}"]
-        dtypes = [(one, one) for one in ((BF16, FP16, torch.float32) if every else (BF16,))]
-        if "merge" not in kernel and operation != "prefill":  # those know nothing of the cache
-            dtypes += [(one, FP8) for one, _ in dtypes]
-            dtypes += [(BF16, PACKED)] if name in TILE_SCALED else []
-        for dtype, cache_dtype in dtypes:
+        launch = partial(globals()[f"launch_{operation}"], geometry=geometry, every=name == EVERY_VARIANT)
+        knows_cache = operation in ("decode", "cache_write", "cache_gather")
+        for dtype, cache_dtype in dtypes_of(name, device) if knows_cache else plain_dtypes(name):
             problem = problem_of(geometry, dtype, 16, cache_dtype)
-            yield name, problem, partial(launch, geometry=geometry, dtype=dtype, cache_dtype=cache_dtype, every=every)
+            yield name, problem, partial(launch, dtype=dtype, cache_dtype=cache_dtype)
+
+
+def plain_dtypes(name: str) -> list[tuple]:
+    """(dtype of queries, of the cache) of a geometry, where these are the same."""
+    return [(one, one) for one in ((BF16, FP16, torch.float32) if name == EVERY_VARIANT else (BF16,))]
+
+
+def dtypes_of(name: str, device: Device) -> list[tuple]:
+    """(dtype of queries, of the cache): of most pairs of a geometry and a GPU one cache format, in turn, so that each
+    geometry has every format on some GPUs, and each GPU has it with some geometries."""
+    packed = [(BF16, PACKED)] if name in TILE_SCALED else []
+    if name != EVERY_VARIANT:
+        turn = list(GEOMETRIES).index(name) + list(SMS).index(device.arch)
+        return [(BF16, (BF16, FP8)[turn % 2]), *packed]
+    queries = (BF16,) if device.arch in COMPILED_FOR_ONE else (BF16, torch.float32)
+    queries += (FP16,) if device.arch == LEAST_SHARED else ()
+    return [*plain_dtypes(name), *((one, FP8) for one in queries), *packed]
 
 
 def compile_kernel(operation: str, kernel, device: Device):
@@ -426,7 +447,7 @@ def compile_kernel(operation: str, kernel, device: Device):
         for function, variant, log in compiled:
             row |= {"function": function, "limit": device.shared_bytes, **resources(variant, device, log)}
             if kernel.name in HOPPER:
-                row["instructions"] = instructions(variant)
+                row["instructions"] = instructions(variant) if function in HOPPER[kernel.name] else {}
                 row["unordered_arrivals"] = unordered_arrivals(variant)
             yield {**row, "faults": faults(row)}
 

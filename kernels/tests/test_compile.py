@@ -13,7 +13,8 @@ import pytest
 WORKER = pathlib.Path(__file__).with_name("compile_worker.py")
 TARGETS = (*(("cuda", arch) for arch in ("80", "86", "89", "90", "100", "120")), ("hip", "gfx942"))
 HOPPER = ("gluon_sm90", "gluon_sm90_ragged")
-NAMES = ("triton_splitkv", "triton_ragged", "cache_write cache_gather merge")  # of operations, or of kernels
+NAMES = ("triton_splitkv", "triton_ragged cache_write cache_gather merge")  # of operations, or of kernels: each takes
+# a process of its own
 
 
 def compiled(target, names, folder) -> list[dict]:
