@@ -122,10 +122,14 @@ def test_strided_and_concatenated(kernel):
 PIECES = [2, 3, 7]  # the last are more than there are blocks: some see nothing
 
 
-@pytest.mark.parametrize("needles", [True, False], ids=["needles", "random"])
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize(
-    ("query_lens", "key_lens"),
+def with_pieces(cases, *, names: tuple[str, str], ids: tuple[str, str]):
+    """Each case cut into each number of pieces, with the second parameter true and false in turn: merging is slow."""
+    every = [(case, pieces, (i + j) % 2 == 0) for i, case in enumerate(cases) for j, pieces in enumerate(PIECES)]
+    listed = [pytest.param(*one, id=f"{one[0]}-{one[1]}-{ids[one[2]]}") for one in every]
+    return pytest.mark.parametrize((names[0], "pieces", names[1]), listed)
+
+
+@with_pieces(
     [
         ([1, 0, 16, 63], None),
         ([127, 128, 300], None),
@@ -133,15 +137,18 @@ PIECES = [2, 3, 7]  # the last are more than there are blocks: some see nothing
         ([65, 2], [128, 0]),
         ([170, 3, 66], [5, 1, 65]),
     ],
-    ids=str,
+    names=("lens", "needles"),
+    ids=("random", "needles"),
 )
-def test_causal_pieces(kernel, query_lens, key_lens, pieces, needles):
-    check(kernel, geometry(), query_lens, key_lens, pieces=pieces, needles=needles)
+def test_causal_pieces(kernel, lens, pieces, needles):
+    check(kernel, geometry(), *lens, pieces=pieces, needles=needles)
 
 
-@pytest.mark.parametrize("accumulate", [False, True], ids=["new", "accumulated"])
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("key_lens", [[200, 64, 1], [63, 0, 65], [128, 400, 129], [700, 256, 257], [0, 0, 0]], ids=str)
+@with_pieces(
+    [[200, 64, 1], [63, 0, 65], [128, 400, 129], [700, 256, 257], [0, 0, 0]],
+    names=("key_lens", "accumulate"),
+    ids=("new", "accumulated"),
+)
 def test_pieces_that_every_query_sees(kernel, key_lens, pieces, accumulate):
     check(kernel, geometry(), [20, 3, 165], key_lens, causal=False, pieces=pieces, accumulate=accumulate)
 
