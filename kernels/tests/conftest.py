@@ -2,6 +2,9 @@
 
 import os
 
+# Two test processes on two cores: more threads for small tensors wait for one another, and take twice the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
