@@ -3,6 +3,9 @@
 import functools
 import os
 
+# Test processes share the cores already, and several threads for tensors as small as these wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from bench_rows import FACTS
 from harness import MAX_TOKENS, run_engine

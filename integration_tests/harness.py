@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
+import forked_runs
 import torch
 
 HERE = pathlib.Path(__file__).parent
@@ -149,6 +150,10 @@ def _run(script: str, folder: pathlib.Path, spec: dict, *, env: dict[str, str], 
 def _process(script: str, folder: pathlib.Path, spec: dict, env: dict[str, str]) -> tuple[int, str]:
     """Exit status and log of a runner, which writes result.json into `folder`."""
     (folder / "spec.json").write_text(json.dumps(spec))
+    if not script.startswith("sglang"):
+        run = f"import sys; sys.path.insert(0, {str(HERE)!r}); import {script[:-3]} as it; it.main(*sys.argv[1:])"
+        code, *output = forked_runs.python(run, "spec.json", "result.json", folder=folder, **env)
+        return code, "".join(output)
     done = subprocess.run(
         [sys.executable, str(HERE / script), "spec.json", "result.json"],
         env={**os.environ, **env},

@@ -1,12 +1,12 @@
 """`mla-backend doctor` as a user runs it, and what it says of kernels that are wrong."""
 
 import json
-import os
+import pathlib
 import re
-import subprocess
-import sys
+import tempfile
 from types import SimpleNamespace
 
+import forked_runs
 import pytest
 import torch
 
@@ -22,15 +22,9 @@ GEOMETRY = MLAGeometry(num_heads=4, kv_lora_rank=128, qk_nope_head_dim=64, qk_ro
 def doctor(*words, **env):
     """(exit status, stdout, stderr) of the command."""
     pytest.importorskip("typer")
-    code = "from mla_backend.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor", *map(str, words)],
-        env={**os.environ, "TRITON_INTERPRET": "0", **env},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout, done.stderr
+    command = ["from mla_backend.cli import main; main()", "doctor", *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        return forked_runs.python(*command, folder=pathlib.Path(folder), TRITON_INTERPRET="0", **env)
 
 
 def faults(output: str) -> list[str]:
@@ -39,7 +33,8 @@ def faults(output: str) -> list[str]:
 
 def test_a_model_that_it_can_serve(checkpoints):
     pytest.importorskip("vllm")
-    status, output, _ = doctor(checkpoints(), "--json", "--max-model-len", 512)
+    # Not forked, so that what vLLM says when it is imported would be beside the JSON.
+    status, output, _ = doctor(checkpoints(), "--json", "--max-model-len", 512, VLLM_LOGGING_LEVEL="INFO")
     found = json.loads(output)
     assert status == 0
     assert found["could_serve"]

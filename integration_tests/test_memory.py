@@ -28,8 +28,11 @@ def held() -> int:
 
 @pytest.fixture
 def attention():
+    gc.collect()
+    gc.freeze()  # `held` need not look at what was there before
     problem = Problem(layout=LAYOUT, dtype=torch.float32)
-    return MLAAttention(problem, Device("cpu"), MLABackendConfig(), scale=0.1)
+    yield MLAAttention(problem, Device("cpu"), MLABackendConfig(), scale=0.1)
+    gc.unfreeze()
 
 
 def peak_of(attention: MLAAttention, run) -> int:

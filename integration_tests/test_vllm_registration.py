@@ -1,10 +1,12 @@
-"""Registration is in effect, cheap, repeatable, and never stops vLLM. Each check runs in a fresh interpreter."""
+"""Registration is in effect, cheap, repeatable, and never stops vLLM. Each check runs in a process of its own, where
+nothing of ours is yet but the CPU platform."""
 
 import os
-import subprocess
-import sys
+import pathlib
+import tempfile
 import textwrap
 
+import forked_runs
 import pytest
 
 pytest.importorskip("vllm")
@@ -12,15 +14,10 @@ pytest.importorskip("vllm")
 
 def python(code: str, **env) -> str:
     """Output of `code` in a new process; logs come with it."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        status, *output = forked_runs.python(textwrap.dedent(code), folder=pathlib.Path(folder), **env)
+    assert status == 0, "".join(output)
+    return "".join(output)
 
 
 LOADED = """
