@@ -254,6 +254,7 @@ def test_late_roles_are_waited_for(what, monkeypatch):
     late = {line: f"{indent}{SLEEP}\n{line}"}
     several(build(edits=late))
     first, _, rest = wait.partition("mbarrier.wait(")
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)  # what may fail anyway need not be waited for
     with pytest.raises(AssertionError):
         several(build(edits=late | {wait: f"{first}(lambda *_: None)({rest}"}))
 
