@@ -38,6 +38,7 @@ def test_a_model_that_it_can_serve(checkpoints):
     found = json.loads(output)
     assert status == 0
     assert found["could_serve"]
+    assert found["verdict"] == "nothing that was looked at speaks against serving with mla_backend here"
     assert found["facts"]["model"] == "DeepSeek-V2 (model_type deepseek_v2)"
     assert "4 heads, latent 512 + rope 64" in found["facts"]["problem"]
     assert found["facts"]["cache"] == "bf16, 1152 bytes a token and layer, 2,304 in 2 layers: 465,984 tokens a GiB"
@@ -61,6 +62,7 @@ def test_a_model_without_mla_as_a_report(tmp_path):
     assert output.startswith("### mla-backend doctor\n")
     assert "- **fault** mla_backend serves MLA layers only" in output
     assert "| model | llama (model_type llama) |" in output
+    assert output.endswith("\n\nmla_backend would not serve here as asked: 1 fault above\n")
 
 
 def test_an_fp8_cache_in_vllm(checkpoints):
@@ -102,6 +104,7 @@ def test_a_plugin_that_is_left_out():
     assert status == 1
     assert "fault   AttentionBackendEnum.CUSTOM belongs to nobody" in output
     assert "-> if VLLM_PLUGINS is set, name mla_backend in it" in output
+    assert re.search(r"\nmla_backend would not serve here as asked: \d faults above\n$", output)
 
 
 def test_a_plugin_that_is_disabled():

@@ -23,6 +23,10 @@ class Finding:
     change: str = ""
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 @dataclass(kw_only=True)
 class Examination:
     """Facts by name, in the order in which they are told, and findings."""
@@ -49,6 +53,15 @@ class Examination:
     @property
     def could_serve(self) -> bool:
         return all(finding.level != "fault" for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """What the findings come to, on one line."""
+        faults, warnings = (sum(one.level == level for one in self.findings) for level in ("fault", "warning"))
+        if faults:
+            return f"mla_backend would not serve here as asked: {_count(faults, 'fault')} above"
+        heed = f"; heed {_count(warnings, 'warning')} above" if warnings else ""
+        return f"nothing that was looked at speaks against serving with mla_backend here{heed}"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,9 @@ STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 def as_json(result: Examination) -> str:
     found = [dataclasses.asdict(finding) for finding in result.findings]
     return json_module.dumps(
-        {"could_serve": result.could_serve, "facts": result.facts, "findings": found}, indent=2, ensure_ascii=False
+        {"could_serve": result.could_serve, "verdict": result.verdict, "facts": result.facts, "findings": found},
+        indent=2,
+        ensure_ascii=False,
     )
 
 
@@ -31,7 +33,7 @@ def as_report(result: Examination) -> str:
     """Markdown to paste into an issue."""
     lines = ["### mla-backend doctor", "", "| what | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in result.facts.items()]
-    lines += ["", *(f"- **{one.level}** {one.what}" + _change(one) for one in result.findings)]
+    lines += ["", *(f"- **{one.level}** {one.what}" + _change(one) for one in result.findings), "", result.verdict]
     return "\n".join(lines)
 
 
@@ -52,6 +54,8 @@ def show(result: Examination) -> None:
         console.print(Text(f"{finding.level:8}", STYLES[finding.level]) + Text(finding.what))
         if finding.change:
             console.print(Text(f"{'':8}-> {finding.change}"))
+    console.print()
+    console.print(Text(result.verdict, STYLES["ok" if result.could_serve else "fault"]))
 
 
 def doctor(
