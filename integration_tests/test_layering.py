@@ -207,6 +207,7 @@ LEAVES = {
     "hopper_load": ("hopper", "schedule"),
     "hopper_unpack": ("hopper", "hopper_load", "schedule"),
     "hopper_shrink": ("hopper", "hopper_load"),
+    "hopper_shared": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_columns": ("hopper_load",),
     "hopper_codes_load": ("hopper", "hopper_load", "schedule"),
@@ -214,14 +215,16 @@ LEAVES = {
     "hopper_few": (
         *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),
     ),
-    "hopper_turns": (*("hopper", "hopper_codes", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),),
+    "hopper_turns": (
+        *("hopper", "hopper_codes", "hopper_decode", "hopper_load", "hopper_shared", "hopper_shrink", "schedule"),
+    ),
     "hopper_codes_launch": (
-        *("hopper", "hopper_codes", "hopper_codes_load", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load"),
+        *("hopper", "hopper_codes", "hopper_codes_load", "hopper_few", "hopper_launch", "hopper_load", "hopper_shared"),
         *("hopper_turns", "launching", "schedule"),
     ),
     "hopper_few_launch": (
-        *("hopper", "hopper_unpack", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "launching"),
-        "schedule",
+        *("hopper", "hopper_unpack", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "hopper_shared"),
+        *("launching", "schedule"),
     ),
     "hopper_launch": (
         *("cache_layout", "device", "hopper_codes_load", "hopper_load", "primitives", "schedule", "split_merge", "tma"),

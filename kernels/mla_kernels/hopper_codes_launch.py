@@ -12,11 +12,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mla_kernels.hopper import barrier
 from mla_kernels.hopper_codes import accumulate
 from mla_kernels.hopper_codes_load import gather_codes, load_codes
-from mla_kernels.hopper_decode import allocate
 from mla_kernels.hopper_few import attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache
-from mla_kernels.hopper_turns import allocate_turns, take_turns
+from mla_kernels.hopper_shared import allocate, allocate_turns
+from mla_kernels.hopper_turns import take_turns
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share
 

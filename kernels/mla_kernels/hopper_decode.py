@@ -9,8 +9,6 @@ All loop over the part's pieces of requests in the same order (schedule.py) and 
 In names: `row` = query token within the request * N + head. A stage is one of two blocks in shared memory.
 """
 
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, barrier, ring
+from mla_kernels.hopper import barrier, ring
 from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
@@ -39,68 +37,6 @@ WIDE = gl.constexpr(
 )
 LAZY = gl.constexpr(8.0)  # binary orders that scores may outgrow their reference before outputs are rescaled
 NOTHING = gl.constexpr(-3e38)  # reference of a row that has seen no key: finite, so that differences are numbers
-
-
-class Shared(NamedTuple):
-    """What the roles share: buffers, and barriers that say when they are full or empty."""
-
-    k: object  # [4, 64, 256], latent part of two blocks, half by half; of codes, of a step for each stage
-    k_rope: object  # [2, 64, 64], or of codes with as many columns behind them that are none
-    weight: object  # [64, 64], softmax weights of a block, or of a step of codes
-    factor: object  # [64], what outputs have to be multiplied with before the block
-    grew: object  # [1], whether anything has to
-    last: object  # [64], what outputs have to be multiplied with in the end
-    k_full: object
-    k_empty: object
-    weight_full: object
-    weight_empty: object
-    last_full: object
-    last_empty: object
-
-
-@gluon.jit
-def allocate(
-    dtype: gl.constexpr, QUERIES: gl.constexpr, WEIGHT: gl.constexpr, WEIGHT_LAY: gl.constexpr, GATHER: gl.constexpr,
-    STAGES: gl.constexpr = 2, CODES: gl.constexpr = 0,
-):  # fmt: skip
-    """Shared memory with its barriers ready: (Shared, latent part of QUERIES queries in two halves, rotary part).
-
-    WEIGHT, WEIGHT_LAY: rows and columns of a block's weights, and their layout.  GATHER: every thread of the loader
-    says of its own rows that they are there.  CODES: blocks of a step of an fp8 cache (hopper_codes.py), where
-    `attend`, too, says when it has read them; 0 for 16-bit keys.
-    """
-    KEYS: gl.constexpr = max(CODES, 1) * BLOCK
-    key_type: gl.constexpr = gl.int8 if CODES else dtype
-    key_lay: gl.constexpr = SWIZZLED_CODES if CODES else SWIZZLED
-    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
-    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    k_s = gl.allocate_shared_memory(key_type, [2 * STAGES, KEYS, HALF], key_lay)
-    rope_s = gl.allocate_shared_memory(key_type, [STAGES, KEYS, 2 * TILE if CODES else TILE], key_lay)
-    q_s = gl.allocate_shared_memory(dtype, [2, QUERIES, HALF], SWIZZLED)
-    q_rope_s = gl.allocate_shared_memory(dtype, [QUERIES, TILE], SWIZZLED)
-    weight_s = gl.allocate_shared_memory(dtype, WEIGHT, WEIGHT_LAY)
-    factor_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
-    last_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
-    grew_s = gl.allocate_shared_memory(gl.int32, [1], row_lay)
-    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
-    weight_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    weight_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    last_empty = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    for d in gl.static_range(2 * STAGES):
-        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
-        mbarrier.init(k_empty.index(d), count=2 if CODES else 1)
-    mbarrier.init(weight_full, count=1)
-    mbarrier.init(weight_empty, count=1)
-    mbarrier.init(last_full, count=1)
-    mbarrier.init(last_empty, count=1)
-    fence_async_shared()
-    smem = Shared(
-        k_s, rope_s, weight_s, factor_s, grew_s, last_s,
-        k_full, k_empty, weight_full, weight_empty, last_full, last_empty,
-    )  # fmt: skip
-    return smem, q_s, q_rope_s
 
 
 @gluon.jit

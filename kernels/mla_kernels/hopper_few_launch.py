@@ -11,10 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_kernels.hopper import barrier
-from mla_kernels.hopper_decode import ROWS, allocate
+from mla_kernels.hopper_decode import ROWS
 from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
+from mla_kernels.hopper_shared import allocate
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share, share_splits

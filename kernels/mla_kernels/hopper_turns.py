@@ -16,8 +16,6 @@ Weights of a block need no barrier that says they are empty: when a warpgroup ha
 done with these, and at the end of a piece they wait for each other.
 """
 
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,14 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES, SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
+from mla_kernels.hopper import SWIZZLED, SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
 from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, scores
 from mla_kernels.hopper_decode import LAZY, scale_of, write_lse, write_plan
 from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
+from mla_kernels.hopper_shared import QUERIES
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.schedule import BLOCK, piece
 
-QUERIES = gl.constexpr(64)
 # Of scores and outputs: keys, or columns of the latent, by queries.
 TILE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 QUERY = gl.constexpr(gl.SliceLayout(0, TILE_LAYOUT))
@@ -59,61 +57,6 @@ COLUMNS = gl.constexpr(
         shape=[128, 64],
     )
 )
-
-
-class Turns(NamedTuple):
-    """What the roles share: buffers, and barriers that say when they are full or empty."""
-
-    k: object  # [2 * stages, 64, 256], codes of blocks, half by half
-    k_rope: object  # [stages, 64, 128], of which half are none
-    weight: object  # [2, 64, 64], softmax weights of a block, of either warpgroup
-    above: object  # [2, 4], of either one's block how far each warp's scores are above their references, at most
-    factor: object  # [2, 64], if that is far: what outputs have to be multiplied with before the block
-    minus_top: object  # [64], the queries' references, negative
-    power: object  # [1], what queries were divided by
-    sums: object  # [2, 2, 64], of weights: of every other piece, of either warpgroup's blocks
-    k_full: object
-    k_empty: object
-    weight_full: object
-    sums_full: object
-    q_full: object
-
-
-@gluon.jit
-def allocate_turns(GATHER: gl.constexpr, STAGES: gl.constexpr):
-    """Shared memory with its barriers ready: (Turns, latent part of queries in two halves, rotary part)."""
-    bar_lay: gl.constexpr = mbarrier.MBarrierLayout()
-    row_lay: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_s = gl.allocate_shared_memory(gl.int8, [2 * STAGES, BLOCK, HALF], SWIZZLED_CODES)
-    rope_s = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, 2 * TILE], SWIZZLED_CODES)
-    q_s = gl.allocate_shared_memory(gl.float16, [2, QUERIES, HALF], SWIZZLED)
-    q_rope_s = gl.allocate_shared_memory(gl.float16, [QUERIES, TILE], SWIZZLED)
-    weight_s = gl.allocate_shared_memory(gl.float16, [2, BLOCK, QUERIES], weight_lay)
-    above_s = gl.allocate_shared_memory(gl.float32, [2, 4], row_lay)
-    factor_s = gl.allocate_shared_memory(gl.float32, [2, QUERIES], row_lay)
-    minus_top_s = gl.allocate_shared_memory(gl.float32, [QUERIES], row_lay)
-    power_s = gl.allocate_shared_memory(gl.float32, [1], row_lay)
-    sums_s = gl.allocate_shared_memory(gl.float32, [4, QUERIES], row_lay)
-    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
-    k_empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], bar_lay)
-    weight_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar_lay)
-    sums_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar_lay)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], bar_lay)
-    for d in gl.static_range(2 * STAGES):
-        mbarrier.init(k_full.index(d), count=128 if GATHER else 1)
-        mbarrier.init(k_empty.index(d), count=2)  # who takes scores, and who adds this half up
-    for d in gl.static_range(2):
-        mbarrier.init(weight_full.index(d), count=1)
-    for d in gl.static_range(4):
-        mbarrier.init(sums_full.index(d), count=1)
-    mbarrier.init(q_full, count=1)
-    fence_async_shared()
-    smem = Turns(
-        k_s, rope_s, weight_s, above_s, factor_s, minus_top_s, power_s, sums_s,
-        k_full, k_empty, weight_full, sums_full, q_full,
-    )  # fmt: skip
-    return smem, q_s, q_rope_s
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from mla_kernels import Device, MLAGeometry
 from mla_kernels.testing import LSE_TOLERANCE, TOLERANCE, assert_matches, make_decode
 
 MODULES = (
-    *("hopper", "tma", "schedule", "hopper_load", "hopper_unpack", "hopper_shrink", "hopper_decode"),
+    *("hopper", "tma", "schedule", "hopper_load", "hopper_unpack", "hopper_shrink", "hopper_shared", "hopper_decode"),
     *("hopper_columns", "hopper_codes_load", "hopper_codes", "hopper_few", "hopper_turns", "hopper_launch"),
     *("hopper_few_launch", "hopper_codes_launch", "decode.gluon_sm90"),
 )

@@ -28,10 +28,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mla_kernels.device import Device
 from mla_kernels.hopper import SWIZZLED, barrier, device_refusals
 from mla_kernels.hopper_codes_launch import decode_codes
-from mla_kernels.hopper_decode import ROWS, accumulate, allocate, attend
+from mla_kernels.hopper_decode import ROWS, accumulate, attend
 from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
+from mla_kernels.hopper_shared import allocate
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.primitives import E4M3, reaching_all, scratch
