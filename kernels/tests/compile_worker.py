@@ -21,6 +21,7 @@ from itertools import product
 
 import torch
 import triton
+from compile_faults import HOPPER, SERIALISED, faults
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -45,29 +46,6 @@ COMPILED_FOR_ONE = (89, 100, 120)
 LEAST_SHARED = 86  # where most kernels could fail: every dtype of queries meets an fp8 cache there
 SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170, "gfx942": 304}
 MAX_QUERY_LEN = 4
-# Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
-MOST_SPILLED = 1024
-# Hopper kernels, and their functions that multiply. They spill nothing, but for a few words outside of decode's loops
-# where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine
-# pins yet).
-HOPPER = {
-    "gluon_sm90": ("_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel"),
-    "gluon_sm90_ragged": ("_prefill_kernel",),
-}
-HOPPER_SPILLED = {
-    ("_decode_kernel", "3.7"): 16,
-    ("_decode_kernel", "3.9"): 160,
-    ("_decode_few_kernel", "3.9"): 96,
-    ("_decode_codes_kernel", "3.9"): 384,
-}
-GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
-SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
-WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
-UNPACK_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
-# The same, mostly, where codes become float16 in registers; with 64 queries a tenth of it is in the loop over blocks.
-CODES_SPILLED, WIDE_CODES_SPILLED = 112, 256
-SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
-
 # (heads, query tokens, page size, rope, dtype), where a list of query tokens is ragged, and with fixed splits their
 # tokens. Heads, pages, rope, dtype and ragged change the code: every value of each is here. Pages below 64 tokens take
 # several boxes for a block, those above begin inside one, and 1 and 48 are gathered row by row.
@@ -108,6 +86,7 @@ GLUON_SM90_FEW = (
     (32, 1, 64, 64, BF16, FP8),
     (5, [1, 5], 16, 0, FP16, FP8),
     (128, 4, 64, 64, BF16, FP8),
+    (40, 1, 16, 64, BF16, FP8),
     (16, [1, 4], 48, 0, FP16, FP8),
     (16, 1, 64, 64, BF16, PACKED),
     (5, [1, 4], 1, 0, FP16, PACKED),
@@ -125,8 +104,6 @@ GLUON_SM90_FEW = (
     (5, [1, 4], 48, 0, BF16, BF16, 256),
     (16, 4, 48, 64, BF16, BF16, 384),
 )
-GATHERED = (1, 48)
-
 # (nope, rope, v, dtype): widths change how many columns there are to copy and multiply, and how long blocks are.
 GLUON_SM90_RAGGED = (
     (128, 64, 128, BF16),
@@ -305,40 +282,6 @@ def unordered_arrivals(kernel) -> int:
             elif re.search(r"\bmbarrier\.arrive\.(?!expect_tx)", line):
                 count += not behind
     return count
-
-
-def faults(row: dict) -> list[str]:
-    """What is wrong with one compiled kernel, "wanted, got"."""
-    wrong = []
-    if row["shared"] > row["limit"]:
-        wrong.append(f"at most {row['limit']} bytes of shared memory, got {row['shared']}")
-    hopper = row["kernel"] in HOPPER
-    most = HOPPER_SPILLED.get((row["function"], triton.__version__[:3]), 0) if hopper else MOST_SPILLED
-    splits, few = "fixed splits" in row["variant"], row["function"] == "_decode_few_kernel"
-    crowded = splits or few
-    packed = row["cache"] == "fp8_ds_mla"
-    if crowded and (row["page_size"] in GATHERED or packed):
-        most = max(most, GATHER_SPILLED)
-    if row["function"] == "_decode_codes_kernel":
-        most = max(most, WIDE_CODES_SPILLED if row["query_rows"] > 32 else CODES_SPILLED)
-    if few and splits:
-        most = max(most, WIDE_SPLITS_SPILLED if row["query_rows"] > 32 else SPLITS_SPILLED)
-    if row["function"] == "_decode_kernel" and packed:
-        most = max(most, UNPACK_SPILLED)
-    if row["spilled"] > most:
-        wrong.append(f"at most {most} bytes spilled, got {row['spilled']}")
-    if not hopper:
-        return wrong
-    wrong += row["serialised"]
-    if row["unordered_arrivals"]:
-        wrong.append(f"every arrival behind its group's barrier, got {row['unordered_arrivals']} that are not")
-    count = row["instructions"]
-    if row["function"] in HOPPER[row["kernel"]]:
-        copies = () if packed else ("ARRIVES",) if row["page_size"] in GATHERED else ("UTMALDG",)
-        wrong += [f"{name} in the machine code, got none" for name in ("HGMMA", *copies) if not count[name]]
-    unwanted = ("HMMA",) if most else ("HMMA", "LDL", "STL")
-    wrong += [f"no {name} in the machine code, got {count[name]}" for name in unwanted if count.get(name)]
-    return wrong
 
 
 def problem_of(geometry, dtype, page_size: int, cache_dtype=None, max_query_len: int = MAX_QUERY_LEN) -> Problem:
