@@ -22,6 +22,21 @@ import torch
 PATIENCE = 20  # seconds that a role waits at a barrier before it is called a deadlock
 
 
+class Watch:
+    """Who is told what roles do: nobody. gluon_races.py has one that looks for races."""
+
+    def start(self, roles: int): ...
+    def role(self, number: int): ...
+    def read(self, memory): ...
+    def write(self, memory): ...
+    def arrive(self, barrier): ...
+    def phase_ends(self, barrier): ...
+    def waited(self, barrier): ...
+
+
+WATCH = Watch()
+
+
 class Int(int):
     """A scalar: an int with the methods of a Gluon one."""
 
@@ -85,28 +100,31 @@ class Pointer:
 
 
 class Memory:
-    """A buffer in shared memory, or a view of one."""
+    """A buffer in shared memory, or a view of one, which knows the whole."""
 
-    def __init__(self, array):
+    def __init__(self, array, whole=None):
         self.array, self.dtype, self.shape = array, array.dtype, array.shape
+        self.whole = array if whole is None else whole
 
     def index(self, i):
-        return Memory(self.array[i])
+        return Memory(self.array[i], self.whole)
 
     def slice(self, start, length, dim=0):
-        return Memory(self.array[(slice(None),) * dim + (slice(start, start + length),)])
+        return Memory(self.array[(slice(None),) * dim + (slice(start, start + length),)], self.whole)
 
     def permute(self, order):
-        return Memory(self.array.transpose(order))
+        return Memory(self.array.transpose(order), self.whole)
 
     def reinterpret(self, dtype, shape, layout):
-        return Memory(self.array.view(dtype).reshape(shape))
+        return Memory(self.array.view(dtype).reshape(shape), self.whole)
 
     def load(self, layout):
+        WATCH.read(self)
         return _tensor(self.array.copy())
 
     def store(self, value):
         assert np.shape(value) == self.array.shape
+        WATCH.write(self)
         self.array[...] = value
 
 
@@ -123,7 +141,9 @@ class Barrier:
             self.pending -= arrivals
             self.bytes += num_bytes
             assert self.pending >= 0, "more arrivals than a phase has"
+            WATCH.arrive(self)
             if self.pending == 0 and self.bytes == 0:
+                WATCH.phase_ends(self)
                 self.phase, self.pending = self.phase + 1, self.count
                 Barrier.changed.notify_all()
 
@@ -144,6 +164,7 @@ def _wait(barrier, parity):
     barrier = _one(barrier)
     with Barrier.changed:
         assert Barrier.changed.wait_for(lambda: barrier.phase & 1 != parity, PATIENCE), "a role waits for ever"
+        WATCH.waited(barrier)
 
 
 mbarrier = SimpleNamespace(
@@ -156,14 +177,21 @@ mbarrier = SimpleNamespace(
 
 
 class Product:
-    """A matrix instruction on its way: it reads when it is waited for."""
+    """A matrix instruction on its way: it reads when it is waited for, or at any time before."""
 
     type = SimpleNamespace(layout=None)
 
     def __init__(self, a, b, acc, use_acc):
         self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
+        self._read()
+
+    def _read(self):
+        for operand in (self.a, self.b):
+            if isinstance(operand, Memory):
+                WATCH.read(operand)
 
     def result(self):
+        self._read()
         a, b = (x.array if isinstance(x, Memory) else x for x in (self.a, self.b))
         assert a.dtype == b.dtype == np.float16
         # Each element by itself, as a matrix instruction does: BLAS gives one other bits at another place in a matrix.
@@ -282,15 +310,17 @@ PROGRAM, GRID = [0, 0], [1, 1]
 
 def _warp_specialize(roles, num_warps, num_regs):
     failures = []
+    WATCH.start(len(roles))
 
-    def play(role, args):
+    def play(number, role, args):
+        WATCH.role(number)
         try:
             with np.errstate(all="ignore"):
                 role(*args)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=play, args=role) for role in roles]
+    threads = [threading.Thread(target=play, args=(number, *role)) for number, role in enumerate(roles)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -312,11 +342,12 @@ gl = SimpleNamespace(
     DotOperandLayout=lambda *_: None, arange=lambda begin, end, layout: _tensor(np.arange(begin, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout: _tensor(np.full(shape, value, dtype)),
-    load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.maximum),
-    minimum=_elementwise(np.minimum), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2),
+    load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.fmax),
+    minimum=_elementwise(np.fmin), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2),
     fma=_elementwise(lambda x, y, z: x * y + z), sqrt=_elementwise(np.sqrt), floor=_elementwise(np.floor),
     sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
-    max=lambda x, axis: _tensor(np.max(np.asarray(x), axis)), min=lambda x, axis: _tensor(np.min(np.asarray(x), axis)),
+    max=lambda x, axis: _tensor(np.fmax.reduce(np.asarray(x), axis)),  # as on the GPU NaN is no maximum
+    min=lambda x, axis: _tensor(np.fmin.reduce(np.asarray(x), axis)),
     reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),
     num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
     associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),

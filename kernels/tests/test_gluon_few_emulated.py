@@ -154,6 +154,19 @@ def test_an_infinite_query_spoils_its_own_row_alone(kernel):
     assert_matches("out", out[:, others], expected[:, others], TOLERANCE[torch.float16], case.magnitude()[:, others])
 
 
+def check_fixed_splits(kernel):
+    case = make(20, [300, 70], query_lens=4)
+    out, lse = kernel.run(*case.arrays, **case.options, split_tokens=128)
+    expected, expected_lse = case.reference()
+    assert_matches("lse", lse, expected_lse, LSE_TOLERANCE)
+    assert_matches("out", out, expected, TOLERANCE[torch.float16], case.magnitude())
+
+
+def test_fixed_splits_of_several_tiles(kernel):
+    """Of 80 query rows of 20 heads, which are columns then."""
+    check_fixed_splits(kernel)
+
+
 def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48, **CACHES["fp8 with a scale"]))
     check(kernel, make(10, [700, 30], query_lens=[4, 3], page_size=48, **CACHES["fp8 with a scale"]))
@@ -162,12 +175,13 @@ def both(kernel):
     check(kernel, make(3, [700, 30], **CACHES["fp8"]))
     check(kernel, with_large_scores())
     check(kernel, with_large_scores(**FP8))
+    check_fixed_splits(kernel)
 
 
 NEXT_PACKED = "row = _row_of(cache, next_page, b + 1, t, PAGE)\n                    real"
 SCALE = "factor = scale_log2 * cache_scale\n            if CODES"
 LAST = "sum_of_row, 1.0)\n    mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)\n    smem.last.store(cache_scale"
-READ = "    r = token * N + row0 + i\n    offset"
+READ, STORE = "    r = token * N + row0 + i\n    offset", "gl.SliceLayout(0, lay))\n    r = token * N + row0 + i"
 ORDER = "words.reshape([F, TILE // 16, 4, 2]).permute((0, 1, 3, 2))"
 MISTAKES = {
     "the scale is left out of scores": (SCALE, SCALE.replace("* cache_scale", "* 1.0")),
@@ -195,6 +209,8 @@ MISTAKES = {
         "_write_half(acc2 * last, acc3 * last, 0",
     ),
     "every tile reads the first one's queries": (READ, READ.replace("row0 + ", "")),
+    "every tile writes where the first one does": (STORE, STORE.replace("row0 + ", "")),
+    "rows of later tiles see what the first one's do": ("row = row0 + (uniform", "row = (uniform"),
     "every tile's LSE goes to the first one's": ("rows_per_slot + row0 + i, row_lse", "rows_per_slot + i, row_lse"),
 }
 
