@@ -11,6 +11,8 @@ hopper_few.py: keys, and values transposed, are left operands, queries and weigh
 Buffers are half as large as those of float16, so more blocks are on their way, and codes cross shared memory once to be
 written and twice to be read. The order of a product's inner dimension, and of its rows, is free: both are such that the
 four codes of a word, which lie side by side in a row of the cache, are one thread's.
+
+Of up to 32 queries. With 64 the roles are those of hopper_turns.py, which takes `scores` and `add_columns` from here.
 """
 
 from triton.experimental import gluon
@@ -23,8 +25,8 @@ from mla_kernels.hopper_columns import store
 from mla_kernels.hopper_load import HALF, LATENT, TILE
 from mla_kernels.schedule import BLOCK, piece
 
-# Four codes of a word to four float16. There are 64 such conversions a clock and SM (FlashMLA's notes on its fp8
-# kernel); NaN stays NaN.
+# Four codes of a word to four float16; NaN stays NaN. An SM of an H200 takes 56 of the two instructions a clock
+# (measured, 16 warps; 37 with four).
 TO_FLOAT16 = gl.constexpr("""{
 .reg .b16 low, high;
 mov.b32 {low, high}, $2;
@@ -117,13 +119,17 @@ def scores(step, q_s, q_rope_s, smem, KEYS: gl.constexpr, F: gl.constexpr, R: gl
 
 
 @gluon.jit
-def _columns(words, PAIRS: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """Two columns of each word, of [64 keys, 64 words], as a left operand of float16, [128, 64 keys]."""
+def add_columns(acc, words, weight, PAIRS: gl.constexpr, WARPS: gl.constexpr, F: gl.constexpr):
+    """Start adding two columns of each word times weights.   words: of [64 keys, 8 words for each warp].
+
+    The columns become a left operand of float16, [16 for each warp, 64 keys].
+    """
+    o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, F, 16])
     y0, y1 = gl.inline_asm_elementwise(
         PAIRS, "=r,=r,r,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
     )  # fmt: skip
-    x = gl.join(y0, y1).reshape([BLOCK, 8, 8, 2]).permute((1, 3, 2, 0)).reshape([HALF // 2, BLOCK])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, O_LAYOUT, 2))
+    x = gl.join(y0, y1).reshape([BLOCK, WARPS, 8, 2]).permute((1, 3, 2, 0)).reshape([16 * WARPS, BLOCK])
+    return warpgroup_mma(gl.convert_layout(x, gl.DotOperandLayout(0, o_lay, 2)), weight, acc, is_async=True)
 
 
 @gluon.jit
@@ -141,13 +147,6 @@ def _words(b, u: gl.constexpr, buffer, known, KEYS: gl.constexpr):
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, VALUES))
         words = gl.where((position < known)[:, None], words, 0)
     return words
-
-
-@gluon.jit
-def _add_columns(acc, words, weight, PAIRS: gl.constexpr, F: gl.constexpr):
-    """Start adding two columns of each word times weights."""
-    o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, F, 16])
-    return warpgroup_mma(_columns(words, PAIRS, o_lay), weight, acc, is_async=True)
 
 
 @gluon.jit
@@ -174,18 +173,18 @@ def _accumulate_step(
         if u > 0:
             words = _words(b + u, u, first, known, STEP * BLOCK)
         weight = smem.weight.slice(u * BLOCK, BLOCK, dim=0)
-        acc0 = _add_columns(acc0, words, weight, FIRST_PAIRS, F)
+        acc0 = add_columns(acc0, words, weight, FIRST_PAIRS, 8, F)
         acc0, acc3 = warpgroup_mma_wait(BEFORE, deps=[acc0, acc3])
-        acc1 = _add_columns(acc1, words, weight, LAST_PAIRS, F)
+        acc1 = add_columns(acc1, words, weight, LAST_PAIRS, 8, F)
         if u == STEP - 1:
             mbarrier.arrive(smem.k_empty.index(2 * stage), count=1)
         if u == 0:
             mbarrier.wait(smem.k_full.index(2 * stage + 1), phase)
         words = _words(b + u, u, second, known, STEP * BLOCK)
         acc0, acc1 = warpgroup_mma_wait(BEFORE, deps=[acc0, acc1])
-        acc2 = _add_columns(acc2, words, weight, FIRST_PAIRS, F)
+        acc2 = add_columns(acc2, words, weight, FIRST_PAIRS, 8, F)
         acc1, acc2 = warpgroup_mma_wait(BEFORE, deps=[acc1, acc2])
-        acc3 = _add_columns(acc3, words, weight, LAST_PAIRS, F)
+        acc3 = add_columns(acc3, words, weight, LAST_PAIRS, 8, F)
         acc2, acc3 = warpgroup_mma_wait(BEFORE, deps=[acc2, acc3])
     mbarrier.arrive(smem.k_empty.index(2 * stage + 1), count=1)
     acc0, acc1, acc2, acc3 = warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, acc3])

@@ -1,4 +1,5 @@
-"""The launch of Hopper's decode for an fp8 cache with one scale: hopper_codes.py, with up to 64 queries as columns.
+"""The launch of Hopper's decode for an fp8 cache with one scale, with queries as columns: up to 32 of hopper_codes.py,
+or 64 of hopper_turns.py.
 
 Schedule and what is left to merge are those of decode/gluon_sm90.py.
 """
@@ -35,11 +36,11 @@ def _decode_codes_kernel(
     GATHER: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
     ATTEND_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
 ):  # fmt: skip
-    weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
-    # e4m3 is exact in float16, and weights lose less in it than in bfloat16.
+    # All is in float16: e4m3 is exact in it, and weights lose less than in bfloat16.
     if F == 64:
         smem, q_s, q_rope_s = allocate_turns(GATHER, STAGES)
     else:
+        weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
         smem, q_s, q_rope_s = allocate(gl.float16, F, [STEP * BLOCK, F], weight_lay, GATHER, STAGES, STEP)
 
     gdc_wait()  # for whoever wrote queries, cache or lengths
@@ -80,7 +81,7 @@ def _decode_codes_kernel(
 
 class Roles(NamedTuple):
     """Blocks of a step, each with a warpgroup that attends; steps in shared memory; registers of a thread of those, and
-    of the two warpgroups that add values up. Loaders get what is left."""
+    of the two warpgroups that add values up. Of 64 columns: registers of either warpgroup. Loaders get what is left."""
 
     step: int
     stages: int

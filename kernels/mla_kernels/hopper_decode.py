@@ -12,7 +12,6 @@ In names: `row` = query token within the request * N + head. A stage is one of t
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_kernels.hopper import barrier, ring
-from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
+from mla_kernels.hopper_load import HALF, LATENT, load_q
 from mla_kernels.primitives import LN_2
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
@@ -128,10 +127,10 @@ def _attend_block(
 
 
 @gluon.jit
-def write_lse(sum_of_row, safe, top, i, slot, token, row0, rows, lse, N: gl.constexpr):
-    """LSE of a piece's rows `i`.   safe: their sums, or 1 where nothing was seen."""
+def write_lse(sum_of_row, top, i, slot, token, row0, rows, lse, N: gl.constexpr):
+    """LSE of a piece's rows `i`: no number where their sums are none."""
     lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot = lse
-    row_lse = gl.where(sum_of_row > 0, top + gl.log2(safe), float("-inf"))
+    row_lse = gl.where(sum_of_row == 0, float("-inf"), top + gl.log2(sum_of_row))
     if slot < 0:
         r = token * N + row0 + i
         at_row = (r // N).to(gl.int64) * stride_lse_t + (r % N) * stride_lse_n
@@ -150,7 +149,7 @@ def finish_piece(
     mbarrier.wait(smem.last_empty, (pieces & 1) ^ 1)
     smem.last.store(cache_scale / safe)
     mbarrier.arrive(smem.last_full, count=1)
-    write_lse(sum_of_row, safe, top, i, slot, token, row0, rows, lse, N)
+    write_lse(sum_of_row, top, i, slot, token, row0, rows, lse, N)
 
 
 @gluon.jit
@@ -183,7 +182,7 @@ def attend(
 
     PACKED: rows of the cache are unpacked, so that registers are few.
     """
-    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    q_s, q_rope_s = q[4], q[5]
     shared, lengths = work
     if SPLIT == 0:
         write_plan(plan, shared)
@@ -201,14 +200,7 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, line, N, ROWS, RAGGED, SPLIT
         )
         if rows > 0:
-            for half in gl.static_range(2):
-                copy_q(
-                    q_s.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, ROWS, HALF, q_lay
-                )
-            if R > 0:
-                copy_q(q_rope_s, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, ROWS, TILE, q_lay)
-            async_copy.commit_group()
-            async_copy.wait_group(0)
+            load_q(q, token, row0, rows, N, ROWS, R, q_lay)
             factor = scale_log2 * cache_scale
             fence_async_shared()
             barrier()

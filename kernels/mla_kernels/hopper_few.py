@@ -20,18 +20,17 @@ if any query's reference has moved, and of those that have not the factor is exp
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, barrier, reinterpret, ring, uniform
+from mla_kernels.hopper import barrier, ring, uniform
 from mla_kernels.hopper_codes import scores as scores_of_codes
 from mla_kernels.hopper_columns import store
 from mla_kernels.hopper_decode import LAZY, NOTHING, finish_piece, release_values, scale_of, wait_for_values, write_plan
-from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
+from mla_kernels.hopper_load import HALF, LATENT, load_q
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.schedule import BLOCK, first_slot, piece
 
@@ -133,7 +132,7 @@ def attend(
 
     CODES: blocks of a step, with a warpgroup for each, of an fp8 cache; all is in float16 then. 0 for any other.
     """
-    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    q_s, q_rope_s = q[4], q[5]
     shared, lengths = work
     if SPLIT == 0:
         write_plan(plan, shared)
@@ -149,19 +148,10 @@ def attend(
             request, shared, lengths, gl.program_id(1), row0, line, N, F, RAGGED, SPLIT
         )
         if rows > 0:
-            raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, F, HALF], SWIZZLED)
-            raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [F, TILE], SWIZZLED)
-            for half in gl.static_range(2):
-                copy_q(
-                    raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, F, HALF, q_lay
-                )
-            if R > 0:
-                copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, F, TILE, q_lay)
-            async_copy.commit_group()
-            async_copy.wait_group(0)
+            load_q(q, token, row0, rows, N, F, R, q_lay)
             factor = scale_log2 * cache_scale
             if CODES > 0:
-                factor *= shrink_q(q_s, q_rope_s, q_latent_ptr.dtype.element_ty, F, R, 4 * STEP)
+                factor *= shrink_q(q_s, q_rope_s, q[0].dtype.element_ty, F, R, 4 * STEP)
             fence_async_shared()
             barrier()
             known = gl.minimum(seq_len, end * BLOCK)  # what is behind a piece is another part's

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from mla_kernels.hopper import cp_async, ring, tma_load
+from mla_kernels.hopper import SWIZZLED, cp_async, reinterpret, ring, tma_load
 from mla_kernels.schedule import BLOCK, piece
 
 LATENT, HALF, TILE = gl.constexpr(512), gl.constexpr(256), gl.constexpr(64)  # columns: of a row, a buffer, a TMA box
@@ -31,7 +31,7 @@ class Cache(NamedTuple):
 
 
 @gluon.jit
-def copy_q(
+def _copy_q(
     target, q_ptr, strides8, token, row0, rows, column,
     N: gl.constexpr, ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -41,6 +41,21 @@ def copy_q(
     r = token * N + row0 + i
     offset = ((r // N).to(gl.int64) * strides8[0] + (r % N).to(gl.int64) * strides8[1]) * 8
     cp_async(target, q_ptr + offset[:, None] + c[None, :], mask=(i < rows)[:, None])
+
+
+@gluon.jit
+def load_q(q, token, row0, rows, N: gl.constexpr, ROWS: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr):
+    """Copy a tile of ROWS query rows, as they are, to their buffers.   q: (pointers and strides of 8 elements of the
+    latent and the rotary part, buffers of both)."""
+    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
+    raw = reinterpret(q_s, q_latent_ptr.dtype.element_ty, [2, ROWS, HALF], SWIZZLED)
+    for half in gl.static_range(2):
+        _copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, ROWS, HALF, LAYOUT)
+    if R > 0:
+        raw_rope = reinterpret(q_rope_s, q_latent_ptr.dtype.element_ty, [ROWS, TILE], SWIZZLED)
+        _copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, ROWS, TILE, LAYOUT)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
 
 
 @gluon.jit

@@ -83,9 +83,9 @@ class Turns(NamedTuple):
     weight: object  # [2, 64, 64], softmax weights of a block, of either warpgroup
     above: object  # [2, 4], of either one's block how far each warp's scores are above their references, at most
     factor: object  # [2, 64], if that is far: what outputs have to be multiplied with before the block
-    minus_top: object  # [64], the queries' references, negative
+    minus_top: object  # [64], the queries' references, negated
     power: object  # [1], what queries were divided by
-    sums: object  # [2, 2, 64], of weights: of every other piece, of either warpgroup's blocks
+    sums: object  # [4, 64], of weights of either warpgroup's blocks, of every other piece
     k_full: object
     k_empty: object
     weight_full: object

@@ -1,4 +1,4 @@
-"""The roles of Hopper decode for an fp8 cache with one scale and 33 to 64 query rows: two warpgroups that take turns.
+"""The roles of Hopper decode for an fp8 cache with one scale, 64 query rows a tile: two warpgroups that take turns.
 
 Outputs of 64 queries fill half of the registers that there are. Here each warpgroup holds half of them, one half of the
 latent, and takes the scores of every other block, so that the softmax of one is under products of the other (the
@@ -11,7 +11,7 @@ schedule of FlashMLA, whose queries are rows):
 
 `turn` is 0 or 1, which of the two; block k is warpgroup k % 2's. A block's softmax begins with the references that the
 block before it left. A block's buffers are free when both halves are added: two blocks are in use, the third is on its
-way. In another order, with both products behind the next scores, three were, and 64 heads took 182 us for 164.
+way. (With the products of both blocks behind the next scores three were in use, and a call took 182 us for 164.)
 Weights of a block need no barrier that says they are empty: when a warpgroup has the other's next weights, the other is
 done with these, and at the end of a piece they wait for each other.
 """
@@ -19,17 +19,15 @@ done with these, and at the end of a piece they wait for each other.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
-from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, scores
+from mla_kernels.hopper import SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
+from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, add_columns, scores
 from mla_kernels.hopper_decode import LAZY, scale_of, write_lse, write_plan
-from mla_kernels.hopper_load import HALF, LATENT, TILE, copy_q
+from mla_kernels.hopper_load import HALF, LATENT, load_q
 from mla_kernels.hopper_shared import QUERIES
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.schedule import BLOCK, piece
@@ -134,17 +132,6 @@ def _words(b, chunk: gl.constexpr, buffer, seq_len):
 
 
 @gluon.jit
-def _add_columns(acc, words, weight, PAIRS: gl.constexpr):
-    """Start adding two columns of each word times weights."""
-    y0, y1 = gl.inline_asm_elementwise(
-        PAIRS, "=r,=r,r,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
-    )  # fmt: skip
-    x = gl.join(y0, y1).reshape([BLOCK, 4, 8, 2]).permute((1, 3, 2, 0)).reshape([64, BLOCK])
-    x = gl.convert_layout(x, gl.DotOperandLayout(0, TILE_LAYOUT, 2))
-    return warpgroup_mma(x, weight, acc, is_async=True)
-
-
-@gluon.jit
 def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.constexpr, STAGES: gl.constexpr):
     """Add values of this warpgroup's half of block `b`, its own or the other's, times weights. Returns outputs, and
     sums of weights, which the other's block may have rescaled."""
@@ -166,13 +153,13 @@ def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.
         if not OWN:
             total = _rescale_sums(total, rescale)
     weight = smem.weight.index(whose)
-    acc0 = _add_columns(acc0, words, weight, FIRST_PAIRS)
-    acc1 = _add_columns(acc1, words, weight, LAST_PAIRS)
+    acc0 = add_columns(acc0, words, weight, FIRST_PAIRS, 4, QUERIES)
+    acc1 = add_columns(acc1, words, weight, LAST_PAIRS, 4, QUERIES)
     words = _words(b, 1, values, seq_len)
     acc0, acc1 = warpgroup_mma_wait(1, deps=[acc0, acc1])
-    acc2 = _add_columns(acc2, words, weight, FIRST_PAIRS)
+    acc2 = add_columns(acc2, words, weight, FIRST_PAIRS, 4, QUERIES)
     acc1, acc2 = warpgroup_mma_wait(1, deps=[acc1, acc2])
-    acc3 = _add_columns(acc3, words, weight, LAST_PAIRS)
+    acc3 = add_columns(acc3, words, weight, LAST_PAIRS, 4, QUERIES)
     mbarrier.arrive(smem.k_empty.index(2 * stage + turn), count=1)
     return warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, acc3]), total
 
@@ -196,20 +183,10 @@ def _store(acc0, acc1, chunk, slot, out, row0, rows, token, turn: gl.constexpr, 
 
 
 @gluon.jit
-def _load_q(q, token, row0, rows, smem, N: gl.constexpr, R: gl.constexpr):
+def _take_q(q, token, row0, rows, smem, N: gl.constexpr, R: gl.constexpr):
     """Queries of a piece for both warpgroups, as float16."""
-    q_latent_ptr, q_rope_ptr, latent_strides8, rope_strides8, q_s, q_rope_s = q
-    dtype: gl.constexpr = q_latent_ptr.dtype.element_ty
-    q_lay: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    raw = reinterpret(q_s, dtype, [2, QUERIES, HALF], SWIZZLED)
-    raw_rope = reinterpret(q_rope_s, dtype, [QUERIES, TILE], SWIZZLED)
-    for half in gl.static_range(2):
-        copy_q(raw.index(half), q_latent_ptr, latent_strides8, token, row0, rows, half * HALF, N, QUERIES, HALF, q_lay)
-    if R > 0:
-        copy_q(raw_rope, q_rope_ptr, rope_strides8, token, row0, rows, 0, N, QUERIES, TILE, q_lay)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-    power = shrink_q(q_s, q_rope_s, dtype, QUERIES, R, 4)
+    load_q(q, token, row0, rows, N, QUERIES, R, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    power = shrink_q(q[4], q[5], q[0].dtype.element_ty, QUERIES, R, 4)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     smem.power.store(gl.full([1], 0, gl.float32, one) + power)
     fence_async_shared()
@@ -220,7 +197,7 @@ def _load_q(q, token, row0, rows, smem, N: gl.constexpr, R: gl.constexpr):
 @gluon.jit
 def _sum_of_both(total, pieces, smem, turn: gl.constexpr):
     """Sums of both warpgroups' weights of a piece, [64 queries]. Either may be a piece ahead of the other's reading."""
-    own = gl.convert_layout(gl.sum(gl.sum(total, 0), 0), QUERY)
+    own = gl.convert_layout(gl.sum(gl.sum(total, 1), 0), QUERY)  # within warps first
     buffer = 2 * (pieces & 1)
     smem.sums.index(buffer + turn).store(own)
     mbarrier.arrive(smem.sums_full.index(buffer + turn), count=1)
@@ -250,7 +227,7 @@ def take_turns(
         )
         if rows > 0:
             if turn == 0:
-                _load_q(q, token, row0, rows, smem, N, R)
+                _take_q(q, token, row0, rows, smem, N, R)
             mbarrier.wait(smem.q_full, pieces & 1)
             factor = scale_log2 * cache_scale * gl.max(smem.power.load(one), 0)
             seen = (seq_len - tokens, seq_len)
@@ -274,7 +251,7 @@ def take_turns(
             pieces += 1
             safe = gl.where(sum_of_query > 0, sum_of_query, 1.0)
             if turn == 0:
-                write_lse(sum_of_query, safe, top, gl.arange(0, QUERIES, QUERY), slot, token, row0, rows, lse, N)
+                write_lse(sum_of_query, top, gl.arange(0, QUERIES, QUERY), slot, token, row0, rows, lse, N)
             last = (cache_scale / safe)[None, :]
             acc0, acc1, acc2, acc3 = acc
             _store(acc0 * last, acc1 * last, 0, slot, out, row0, rows, token, turn, N)

@@ -23,8 +23,8 @@ GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fix
 SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
 WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
 UNPACK_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
-# The same, mostly, where codes become float16 in registers; with 64 queries a tenth of it is in the loop over blocks.
-CODES_SPILLED, WIDE_CODES_SPILLED = 112, 256
+# The same, mostly, where codes become float16 in registers; with 64 queries ten words are in the loop over blocks.
+CODES_SPILLED = 112
 SERIALISED = re.compile(r"C75(?:10|12|14|17)|serialized", re.IGNORECASE)  # what ptxas remarks about wgmma
 GATHERED = (1, 48)  # pages that no TMA box fits
 
@@ -42,7 +42,7 @@ def faults(row: dict) -> list[str]:
     if crowded and (row["page_size"] in GATHERED or packed):
         most = max(most, GATHER_SPILLED)
     if row["function"] == "_decode_codes_kernel":
-        most = max(most, WIDE_CODES_SPILLED if row["query_rows"] > 32 else CODES_SPILLED)
+        most = max(most, CODES_SPILLED)
     if few and splits:
         most = max(most, WIDE_SPLITS_SPILLED if row["query_rows"] > 32 else SPLITS_SPILLED)
     if row["function"] == "_decode_kernel" and packed:

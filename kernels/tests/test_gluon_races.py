@@ -64,7 +64,7 @@ MISTAKES = {
     "turns: references are read when they may be the next piece's": ("turns", {READ + MEET: MEET + READ}),
     "turns: values are given back before they are read": (
         "turns",
-        {f"LAST_PAIRS)\n{RELEASE}": "LAST_PAIRS)\n", LAST_WORDS: RELEASE + LAST_WORDS},
+        {f"QUERIES)\n{RELEASE}": "QUERIES)\n", LAST_WORDS: RELEASE + LAST_WORDS},
     ),
 }
 

@@ -6,7 +6,8 @@
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
      An fp8 cache with one scale is copied as it is and becomes float16 in registers, transposed whatever the number of
-     rows (hopper_codes.py); tile-scaled rows are unpacked on their way, by one warpgroup or two (hopper_unpack.py).
+     rows (hopper_codes.py; beyond 32 of them hopper_turns.py); tile-scaled rows are unpacked on their way, by one
+     warpgroup or two (hopper_unpack.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
 
 Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
