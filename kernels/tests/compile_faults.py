@@ -7,8 +7,8 @@ import triton
 # Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
 MOST_SPILLED = 1024
 # Hopper kernels, and their functions that multiply. They spill nothing, but for a few words outside of decode's loops
-# where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with 3.9 (which no engine
-# pins yet).
+# where another Triton's ptxas decides so: row pointers of the gather and tile-scaled rows with 3.7, the epilogue with
+# 3.9 (which no engine pins yet).
 HOPPER = {
     "gluon_sm90": ("_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel"),
     "gluon_sm90_ragged": ("_prefill_kernel",),
@@ -16,12 +16,13 @@ HOPPER = {
 HOPPER_SPILLED = {
     ("_decode_kernel", "3.7"): 16,
     ("_decode_kernel", "3.9"): 160,
-    ("_decode_few_kernel", "3.9"): 96,
+    ("_decode_few_kernel", "3.7"): 48,
+    ("_decode_few_kernel", "3.9"): 128,
     ("_decode_codes_kernel", "3.9"): 384,
 }
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
 SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
-WIDE_SPLITS_SPILLED = 192  # what pieces begin and end with, where accumulators of 64 queries are columns
+WIDE_SPLITS_SPILLED = 216  # what pieces begin and end with, where accumulators of 64 queries are columns
 UNPACK_SPILLED = 128  # what pieces begin and end with, where accumulators, scores and codes all want registers
 # The same, mostly, where codes become float16 in registers; with 64 queries ten words are in the loop over blocks.
 CODES_SPILLED = 112
