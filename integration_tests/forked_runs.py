@@ -86,9 +86,8 @@ def python(code: str, *arguments: str, folder: pathlib.Path, **changes: str) -> 
 
 def _import_all() -> None:
     """What every engine imports."""
-    from vllm import LLM, SamplingParams  # noqa: F401
-
-    for name in ("v1.engine.core", "v1.worker.cpu_worker", "model_executor.models.deepseek_v2"):
+    names = ("entrypoints.llm", "sampling_params", "v1.engine.core", "v1.worker.cpu_worker")
+    for name in (*names, "model_executor.models.deepseek_v2"):
         importlib.import_module(f"vllm.{name}")
 
 

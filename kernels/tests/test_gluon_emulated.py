@@ -93,9 +93,9 @@ def test_few_rows_are_columns(kernel):
         assert all(equal) != transposed, (heads, query_len)
 
 
-def with_large_scores(**options):
+def with_large_scores(heads=16, **options):
     """Scores that grow by more than the softmax lets its reference lag behind, again and again."""
-    case = make(16, [1400, 30], **options)
+    case = make(heads, [1400, 30], **options)
     case.options["scale"] *= 8
     return case
 
@@ -178,10 +178,14 @@ MISTAKES = {
 }
 
 
+def assert_seen(mistake, build, work, monkeypatch, errors=(AssertionError, IndexError)):
+    """The emulator is no rubber stamp: with this edit of the kernel's text the work fails."""
+    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
+    broken = build(edits=dict([mistake]))
+    with pytest.raises(errors):
+        work(broken)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake, monkeypatch):
-    """The emulator is no rubber stamp: each of these fails."""
-    monkeypatch.setattr(gluon_emulator, "PATIENCE", 1)
-    broken = build(edits=dict([MISTAKES[mistake]]))
-    with pytest.raises(AssertionError):
-        both(broken)
+    assert_seen(MISTAKES[mistake], build, both, monkeypatch, errors=AssertionError)
