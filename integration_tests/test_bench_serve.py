@@ -161,6 +161,15 @@ def test_every_server_is_asked_once_a_round_for_the_same(stand_ins):
     assert not any(server.running for server in servers)
 
 
+def test_every_load_is_asked_for_before_any_is_measured(stand_ins):
+    """With prompts of its own: vLLM compiles kernels when it first meets some numbers of tokens."""
+    _, asked = stand_ins()
+    loads = dataclasses.replace(SHORT, rates=(4, math.inf))
+    serve.run([OURS], Experiment(model=TINY, workloads=(loads,)), rounds=2)
+    told = [(value(options, "--request-rate"), value(options, "--seed")) for options in asked]
+    assert told == [(rate, str(seed)) for seed, rate in enumerate(["4", "inf", "4", "4", "inf", "inf"])]
+
+
 @pytest.mark.parametrize(
     ("end", "reason"), [("ended", "its server ended with status 1"), ("slow", "not ready within 0 s")]
 )

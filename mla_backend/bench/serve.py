@@ -7,7 +7,7 @@ by vLLM's own client, each once a round, so that what slows one round slows all 
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import pathlib
 import signal
 import sys
@@ -101,6 +101,8 @@ class _Measuring:
     logs: pathlib.Path
     rows: list[dict] = dataclasses.field(default_factory=list)
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    # New prompts whenever servers are asked, or the cache would have them; the same for all servers.
+    seeds: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def __post_init__(self):
         self.begin = time.monotonic()
@@ -122,7 +124,8 @@ class _Measuring:
             facts = machine() | {"vllm": version, "layers": self.experiment.model["num_hidden_layers"]}
             ready = self.wait(list(started))
             for workload in workloads:
-                self.ask_all(ready, warm(workload), math.inf, seed=0)
+                for rate in workload.rates:
+                    self.ask_all(ready, warm(workload), rate, seed=next(self.seeds))
             self.say(f"{', '.join(str(server.engine) for server in ready)}: started and warm")
             for workload in workloads:
                 for rate in workload.rates:
@@ -172,10 +175,9 @@ class _Measuring:
 
     def measure_load(self, servers: list[Server], workload: Workload, rate: float, facts: dict) -> None:
         """Rows of the servers that answered in all rounds."""
-        # New prompts every round, or the cache would have them, and the same for all servers.
-        seeds = [1 + len(self.rows) * self.rounds + number for number in range(self.rounds)]
         answers = [
-            self.ask_all(servers, workload, rate, seed=seed, back=number % 2 == 1) for number, seed in enumerate(seeds)
+            self.ask_all(servers, workload, rate, seed=next(self.seeds), back=number % 2 == 1)
+            for number in range(self.rounds)
         ]
         load = {"workload": workload.name, "rate": f"{rate:g}", "prompts": workload.prompts, "rounds": self.rounds}
         for server in servers:
@@ -187,8 +189,9 @@ class _Measuring:
 
 
 def warm(workload: Workload) -> Workload:
-    """What is asked for first, for whatever compiles then. Guesses need whole answers: there are none before an answer
-    begins to repeat itself."""
+    """What is asked for first, at every rate, for whatever compiles then, such as vLLM's kernel for mixtures of experts
+    in a second or so: in measured rounds whoever is asked first would pay for all. Guesses need whole answers: there
+    are none before an answer begins to repeat itself."""
     return workload if workload.speculative else dataclasses.replace(workload, output_tokens=WARM_TOKENS)
 
 
