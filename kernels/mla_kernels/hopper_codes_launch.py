@@ -19,7 +19,7 @@ from mla_kernels.hopper_load import Cache
 from mla_kernels.hopper_shared import allocate, allocate_turns
 from mla_kernels.hopper_turns import take_turns
 from mla_kernels.launching import launch
-from mla_kernels.schedule import BLOCK, share
+from mla_kernels.schedule import BLOCK, PIECE, share
 
 
 @gluon.jit(
@@ -34,7 +34,7 @@ def _decode_codes_kernel(
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
     GATHER: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    ATTEND_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
+    ATTEND_REGS: gl.constexpr, ADDER_REGS: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     # All is in float16: e4m3 is exact in it, and weights lose less than in bfloat16.
     if F == 64:
@@ -47,7 +47,7 @@ def _decode_codes_kernel(
     gdc_launch_dependents()
     part = gl.program_id(1)
     shared, pieces, cuts, cuts_before = share(
-        seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+        seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED, PIECE
     )  # fmt: skip
     barrier()
 
@@ -102,5 +102,5 @@ def decode_codes(prepared, rows: int, columns: int, parts: int, part, part_lse, 
         _decode_codes_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale,
         F=columns, GATHER=prepared.gather, **prepared.constants, STEP=roles.step, STAGES=roles.stages,
-        ATTEND_REGS=roles.attend_registers, ADDER_REGS=roles.adder_registers, num_warps=4, launch_pdl=True,
+        ATTEND_REGS=roles.attend_registers, ADDER_REGS=roles.adder_registers, PIECE=PIECE, num_warps=4, launch_pdl=True,
     )  # fmt: skip

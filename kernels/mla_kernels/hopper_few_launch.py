@@ -18,7 +18,7 @@ from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.hopper_shared import allocate
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
-from mla_kernels.schedule import BLOCK, share, share_splits
+from mla_kernels.schedule import BLOCK, PIECE, share, share_splits
 
 COLUMNS = (16, 32)  # query rows of a tile, which are columns here
 
@@ -45,7 +45,7 @@ def _decode_few_kernel(
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
     GATHER: gl.constexpr, CONVERTERS: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
-    ADDER_REGS: gl.constexpr, SPLIT: gl.constexpr,
+    ADDER_REGS: gl.constexpr, SPLIT: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     WRITTEN: gl.constexpr = GATHER or CONVERTERS > 0  # by threads, not TMA
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
@@ -59,7 +59,7 @@ def _decode_few_kernel(
         plan = shared  # there is none, and roles take no None
     else:
         shared, pieces, cuts, cuts_before = share(
-            seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+            seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED, PIECE
         )  # fmt: skip
         plan = (plan_ptr, pieces, cuts, cuts_before)
     barrier()
@@ -155,5 +155,6 @@ def decode_few(
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
         F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, **prepared.constants,
         LOADER_WARPS=roles.loader_warps, LOADER_REGS=roles.loader_registers, ADDER_REGS=roles.adder_registers,
-        SPLIT=split, num_warps=4, launch_pdl=True, **({"maxnreg": roles.registers} if roles.registers < 128 else {}),
+        SPLIT=split, PIECE=PIECE,
+        num_warps=4, launch_pdl=True, **({"maxnreg": roles.registers} if roles.registers < 128 else {}),
     )  # fmt: skip

@@ -5,7 +5,9 @@ All requests' blocks of 64 tokens, one request after the other, are a line; part
 and one that it begins. What it computes of those goes to slots 2 * part and 2 * part + 1 of the scratch, to be merged.
 Scratch depends on the number of parts, not on the batch; a captured graph adapts to every batch. If there are parts
 enough, as there are where few requests have many blocks each, requests are rounded up to whole parts: one that ends a
-request and begins another would end after all others, for it fills its pipeline twice.
+request and begins another would end after all others, for it fills its pipeline twice. Else requests of different
+lengths have as much room before their first block as a piece takes time beside its blocks (FlashMLA's scheduler adds
+five blocks a request), or a part of many short requests would end last.
 
 With fixed splits (splits.py) the line is one of splits, of SPLIT blocks each, and a part takes a run of whole ones.
 """
@@ -20,6 +22,7 @@ CHUNK, FEW = gl.constexpr(128), gl.constexpr(32)  # requests looked at at once, 
 UNIT, MERGE, CUT = gl.constexpr(1024), gl.constexpr(1536), gl.constexpr(4096)
 # Query rows of which partial answers take as long to write and read again as a part needs for a block.
 ROWS_OF_A_BLOCK = gl.constexpr(1300.0)
+PIECE = 3  # blocks for which a part would need as long as for a request beside its blocks
 
 
 @gluon.jit
@@ -65,94 +68,122 @@ def _round_up(x, y):
 
 
 @gluon.jit
-def _part_size(total, longest, batch, parts, rows):
+def _part_size(total, longest, uniform, batch, parts, rows):
     """Blocks of a part: an even share, or somewhat more where that costs less than it saves."""
     size = gl.maximum(_round_up(total, parts), 1)
     # Pieces of a request write partial answers and read them again, 4 KiB a query row; the fewer the pieces the less.
     size = gl.maximum(size, gl.floor(gl.sqrt(total * (rows / ROWS_OF_A_BLOCK))).to(gl.int32))
     whole = _round_up(size, longest) * longest
-    uniform = total == batch * longest
     more = gl.minimum(whole - size, 64)  # as far as it matters, so that products fit an integer
     saves = more * UNIT * parts < MERGE * parts + CUT * gl.minimum(batch, parts)
     return gl.where(uniform & saves, whole, size)
 
 
 @gluon.jit
-def _found(real, cost, before, begin_of_part, end_of_part, size, reciprocal):
-    """What some requests, the first of which begins at block `before`, add to the numbers that `share` is after."""
+def _found(real, cost, room, before, begin_of_part, end_of_part, size, reciprocal):
+    """What some requests, the first of which begins at block `before`, add to the numbers that `share` is after.
+
+    room: of a request's cost, what is before its first block.
+    """
     end = before + gl.associative_scan(cost, 0, _add)
+    start = end - gl.maximum(cost - room, 0)  # of its blocks
     passed = ((end <= begin_of_part) & real).to(gl.int32)
     done = ((end < end_of_part) & real).to(gl.int32)
-    last = ((end >= end_of_part) & (end - cost < end_of_part)).to(gl.int32)
-    cut = ((_ratio(end - cost, size, reciprocal) + 1) * size < end).to(gl.int32)
-    return gl.reduce((passed, passed * cost, done, done * cost, last * cost, cut, cut * done), 0, _add7)
+    last = ((end >= end_of_part) & (start < end_of_part)).to(gl.int32)
+    cut = ((_ratio(start, size, reciprocal) + 1) * size < end).to(gl.int32)
+    return gl.reduce((passed, passed * cost, done, last * start, last * end, cut, cut * done), 0, _add7)
 
 
 @gluon.jit
-def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr):
+def _with_room(real, cost, room):
+    """Costs with what is before the first block of each request that has one."""
+    return gl.where(real & (cost > 0), cost + room, 0)
+
+
+@gluon.jit
+def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr, PIECE: gl.constexpr):
     """What part `part` of `parts` works on, computed by four warps.  rows: query rows of a request, at most.
 
-    Returns (first request, its first block, last request, its end block), and about cut requests: into how many parts
-    the last one is cut if it begins here and goes on elsewhere (else 0), how many there are, and how many before the
-    last one. No work: the last request is before the first.
+    PIECE: blocks for which a part would need as long as for a request beside its blocks.
+    Returns (first request, its first block, last request, its end block, which may be beyond its last), and about cut
+    requests: into how many parts the last one is cut if it begins here and goes on elsewhere (else 0), how many there
+    are, and how many before the last one. No work: the last request is before the first.
     """
+    room = 0
     if batch <= FEW:
         # Every program begins with this, and waits for each instruction: with a request a lane they are half as many.
         real, cost = _costs(seq_lens_ptr, query_start_ptr, 0, batch, RAGGED, FEW)
         total = gl.sum(cost, 0)
-        size = _part_size(total, gl.maximum(gl.max(cost, 0), 1), batch, parts, rows)
-        reciprocal = 1.0 / size
+        longest = gl.maximum(gl.max(cost, 0), 1)
+        uniform = total == batch * longest
+        size = _part_size(total, longest, uniform, batch, parts, rows)
         if batch > 1:
-            shares = _ratio(cost + size - 1, size, reciprocal)
+            shares = _ratio(cost + size - 1, size, 1.0 / size)
             needed = gl.sum(shares, 0)
             if needed <= parts:
                 # Every request begins with a part of its own: its last part is not full, and no part has two pieces.
                 cost = shares * size
                 total = needed * size
+            else:
+                room = gl.where(uniform, 0, PIECE)
+                cost = _with_room(real, cost, room)
+                total = gl.sum(cost, 0)
+                size = _part_size(total, longest, uniform, batch, parts, rows)
+        reciprocal = 1.0 / size
         begin_of_part = part * size
         end_of_part = gl.minimum(begin_of_part + size, total)
-        first_request, blocks_passed, last_request, last_start, last_cost, cuts, cuts_before = _found(
-            real, cost, 0, begin_of_part, end_of_part, size, reciprocal
+        first_request, blocks_passed, requests_done, last_start, last_end, cuts, cuts_before = _found(
+            real, cost, room, 0, begin_of_part, end_of_part, size, reciprocal
         )
     else:
         total = 0
         longest = 1
+        requests = 0
         for first in range(0, batch, CHUNK):
             _, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED, CHUNK)
             total += gl.sum(cost, 0)
             longest = gl.maximum(longest, gl.max(cost, 0))
-        size = _part_size(total, longest, batch, parts, rows)
+            requests += gl.sum((cost > 0).to(gl.int32), 0)
+        uniform = total == batch * longest
+        room = gl.where(uniform, 0, PIECE)
+        total += requests * room
+        size = _part_size(total, longest, uniform, batch, parts, rows)
         reciprocal = 1.0 / size
         begin_of_part = part * size
         end_of_part = gl.minimum(begin_of_part + size, total)
         before = 0
         first_request = 0
         blocks_passed = 0
-        last_request = 0
+        requests_done = 0
         last_start = 0
-        last_cost = 0
+        last_end = 0
         cuts = 0
         cuts_before = 0
         for first in range(0, batch, CHUNK):
             real, cost = _costs(seq_lens_ptr, query_start_ptr, first, batch, RAGGED, CHUNK)
-            found = _found(real, cost, before, begin_of_part, end_of_part, size, reciprocal)
+            cost = _with_room(real, cost, room)
+            found = _found(real, cost, room, before, begin_of_part, end_of_part, size, reciprocal)
             first_request += found[0]
             blocks_passed += found[1]
-            last_request += found[2]
+            requests_done += found[2]
             last_start += found[3]
-            last_cost += found[4]
+            last_end += found[4]
             cuts += found[5]
             cuts_before += found[6]
             if first + CHUNK < batch:
                 before += gl.sum(cost, 0)
+    first_block = gl.maximum(begin_of_part - blocks_passed - room, 0)
+    last_request = requests_done
     end_block = end_of_part - last_start
     pieces = 0
     if begin_of_part >= total:
         last_request = first_request - 1
-    else:
-        if (last_start >= begin_of_part) & (end_block < last_cost):
-            pieces = _ratio(last_start + last_cost - 1, size, reciprocal) - part + 1
-    return (first_request, begin_of_part - blocks_passed, last_request, end_block), pieces, cuts, cuts_before
+    elif last_end == 0:  # the part ends before the first block of a request
+        last_request = requests_done - 1
+        end_block = total
+    elif (last_start >= begin_of_part) & (end_of_part < last_end):
+        pieces = _ratio(last_end - 1, size, reciprocal) - part + 1
+    return (first_request, first_block, last_request, end_block), pieces, cuts, cuts_before
 
 
 @gluon.jit

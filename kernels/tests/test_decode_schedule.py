@@ -3,8 +3,9 @@ what `share_splits` promises.
 
 It says what the schedule is and shows that the schedule is right, and that the text of `share` follows it.
 
-All requests' blocks of 64 tokens lie in a row. Part p takes blocks p * size .. (p + 1) * size - 1, so that it works on
-the end of one request, some whole ones, and the beginning of another, and a long request spans many parts. A request of
+All requests' blocks of 64 tokens lie in a row, with room between them for what a piece takes beside its blocks. Part p
+takes p * size .. (p + 1) * size - 1 of it, so that it works on the end of one request, some whole ones, and the
+beginning of another, and a long request spans many parts. A request of
 which a part has only a piece leaves a partial answer in a slot: each part has two, 2 p for the piece that begins inside
 a request, 2 p + 1 for the one that begins a request and ends inside. split_merge.py merges them.
 """
@@ -30,23 +31,17 @@ def cost_of(seq_len: int, query_tokens: int) -> int:
     return max(-(-seq_len // BLOCK), 1) if query_tokens else 0
 
 
-def spans(costs: list[int]) -> list[tuple[int, int]]:
-    """Where each request's blocks begin and end in the row of all."""
-    return [(end - cost, end) for cost, end in zip(costs, accumulate(costs), strict=True)]
+def is_uniform(costs: list[int]) -> bool:
+    return sum(costs) == len(costs) * max(1, *costs)
 
 
-def cuts_of(costs: list[int], size: int) -> list[bool]:
-    """Which requests are cut if every part takes `size` blocks."""
-    return [begin // size < (end - 1) // size for begin, end in spans(costs)]
-
-
-def size_of(costs: list[int], parts: int, rows: int) -> int:
+def size_of(costs: list[int], parts: int, rows: int, room: int = 0) -> int:
     """Blocks of a part: an even share, so many that partial answers of `rows` rows are no burden, or whole requests."""
-    longest = max(1, *costs)
-    size = max(-(-sum(costs) // parts), 1, math.isqrt(sum(costs) * rows // 1300))
+    longest, total = max(1, *costs), sum(cost + room for cost in costs if cost)
+    size = max(-(-total // parts), 1, math.isqrt(total * rows // 1300))
     whole = -(-size // longest) * longest
     saved = 1.5 + 4 * min(len(costs), parts) / parts  # in blocks: the merge, a cut request in every part
-    return whole if sum(costs) == len(costs) * longest and whole - size < saved else size
+    return whole if is_uniform(costs) and whole - size < saved else size
 
 
 class Share(NamedTuple):
@@ -61,28 +56,41 @@ class Share(NamedTuple):
     cuts_before: int  # those before the last request
 
 
-def rounded_up(costs: list[int], size: int, parts: int) -> list[int]:
-    """To whole parts, where few requests have parts enough: no part then has two pieces."""
+class Line(NamedTuple):
+    """Where the blocks of each request lie in the row of all, and how many of it are a part's."""
+
+    spans: list[tuple[int, int]]
+    total: int
+    size: int
+
+
+def line_of(costs: list[int], parts: int, rows: int, piece: int) -> Line:
+    """Requests side by side if they are all alike; beginning with a part each, if there are few and parts enough (no
+    part has two pieces then); or with room for `piece` blocks before each that has blocks."""
+    size, room = size_of(costs, parts, rows), 0
     whole = [-(-cost // size) * size for cost in costs]
-    return whole if 1 < len(costs) <= 32 and sum(whole) <= parts * size else costs
+    if 1 < len(costs) <= 32 and sum(whole) <= parts * size:
+        costs = whole
+    elif len(costs) > 1 and not is_uniform(costs):
+        room = piece
+        size = size_of(costs, parts, rows, room)
+    ends = list(accumulate(cost + room if cost else 0 for cost in costs))
+    return Line([(end - cost, end) for cost, end in zip(costs, ends, strict=True)], ends[-1], size)
 
 
-def share_of(costs: list[int], part: int, parts: int, rows: int) -> Share:
-    size = size_of(costs, parts, rows)
-    costs = rounded_up(costs, size, parts)
-    total, where = sum(costs), spans(costs)
-    cut = cuts_of(costs, size)
+def share_of(costs: list[int], part: int, parts: int, rows: int, piece: int) -> Share:
+    spans, total, size = line_of(costs, parts, rows, piece)
+    cut = [begin // size < (end - 1) // size for begin, end in spans]
     begin_of_part, end_of_part = part * size, min((part + 1) * size, total)
-    first = sum(end <= begin_of_part for _, end in where)
-    last = sum(end < end_of_part for _, end in where)
-    first_block = begin_of_part - sum(costs[:first])
-    end_block = end_of_part - sum(costs[:last])
-    if begin_of_part >= total:
-        return Share(first, first_block, first - 1, end_block, 0, sum(cut), sum(cut[:last]))
-    begin, end = where[last]
+    here = [i for i, (begin, end) in enumerate(spans) if end > begin_of_part and begin < end_of_part and end > begin]
+    if not here:
+        return Share(1, 0, 0, 0, 0, sum(cut), 0)
+    first, last = here[0], here[-1]
+    begin, end = spans[last]
     begins_here_and_goes_on = begin >= begin_of_part and end > end_of_part
     pieces = (end - 1) // size - part + 1 if begins_here_and_goes_on else 0
-    return Share(first, first_block, last, end_block, pieces, sum(cut), sum(cut[:last]))
+    first_block = max(begin_of_part - spans[first][0], 0)
+    return Share(first, first_block, last, min(end, end_of_part) - begin, pieces, sum(cut), sum(cut[:last]))
 
 
 def pieces_of(costs: list[int], part: int, share: Share):
@@ -106,20 +114,23 @@ requests = st.tuples(blocks.flatmap(lambda n: st.integers(max(n - 1, 0) * BLOCK,
 parts_and_rows = st.sampled_from([(1, 8448), (2, 4000), (7, 64), (33, 200), (66, 128), (132, 1), (132, 16), (132, 64)])
 
 
-@given(st.lists(requests, min_size=1, max_size=60), parts_and_rows)
-@example([(0, 1)], (132, 16))
-@example([(0, 0), (9, 0)], (2, 16))
-@example([(64 * 132, 1)], (132, 16))
-@example([(1, 0), (64 * 20, 1), (5, 0), (64 * 12, 1), (7, 0)], (2, 16))
-@example([(1_000_000, 1), *[(1, 1)] * 40], (132, 16))
+rooms = st.sampled_from([0, 3, 5])
+
+
+@given(st.lists(requests, min_size=1, max_size=60), parts_and_rows, rooms)
+@example([(0, 1)], (132, 16), 3)
+@example([(0, 0), (9, 0)], (2, 16), 3)
+@example([(64 * 132, 1)], (132, 16), 3)
+@example([(1, 0), (64 * 20, 1), (5, 0), (64 * 12, 1), (7, 0)], (2, 16), 3)
+@example([(1_000_000, 1), *[(1, 1)] * 40], (132, 16), 3)
 @settings(max_examples=500, deadline=None)
-def test_every_block_is_done_once_and_every_piece_is_merged(batch, where):
+def test_every_block_is_done_once_and_every_piece_is_merged(batch, where, piece):
     parts, rows = where
     costs = [cost_of(*request) for request in batch]
     done = {request: [] for request, cost in enumerate(costs) if cost}
     plan = {}
     for part in range(parts):
-        share = share_of(costs, part, parts, rows)
+        share = share_of(costs, part, parts, rows, piece)
         for request, begin, end, slot in pieces_of(costs, part, share):
             assert 0 <= begin < end <= costs[request]
             done[request].append((begin, end, slot))
@@ -163,7 +174,7 @@ def test_sizes_of_even_batches(requests, tokens, parts, rows, size):
 
 def test_uneven_requests_begin_with_a_part_each():
     costs = [cost_of(tokens, 1) for tokens in (4641, 45118, 1730, 1696)]
-    parts = [list(pieces_of(costs, part, share_of(costs, part, 132, 64))) for part in range(132)]
+    parts = [list(pieces_of(costs, part, share_of(costs, part, 132, 64, 3))) for part in range(132)]
     assert [len(pieces) for pieces in parts] == [1] * 120 + [0] * 12
     assert max(end - begin for ((_, begin, end, _),) in parts[:120]) == size_of(costs, 132, 64) == 7
 
@@ -172,10 +183,19 @@ def pointer(numbers):
     return gluon_emulator.Pointer.of(torch.tensor(numbers, dtype=torch.int32))
 
 
-@given(st.lists(requests, min_size=1, max_size=300), parts_and_rows, st.booleans())
-@example([(4096, 1)] * 128, (66, 128), False)
+def test_a_part_of_short_requests_has_fewer_blocks():
+    costs = [1] * 40 + [cost_of(100_000, 1)] * 3
+    parts = [list(pieces_of(costs, part, share_of(costs, part, 66, 128, 3))) for part in range(66)]
+    assert max(len(pieces) for pieces in parts) <= 20
+    takes = [sum(3 + end - begin for _, begin, end, _ in pieces) for pieces in parts]
+    assert max(takes) <= line_of(costs, 66, 128, 3).size + 3  # for the piece that a part goes on with
+
+
+@given(st.lists(requests, min_size=1, max_size=300), parts_and_rows, st.booleans(), rooms)
+@example([(4096, 1)] * 128, (66, 128), False, 3)
+@example([(64, 1), *[(64 * 40, 1)] * 2, (0, 0)] * 12, (33, 200), True, 3)
 @settings(max_examples=60, deadline=None)
-def test_the_kernel_follows_the_model(batch, where, ragged):
+def test_the_kernel_follows_the_model(batch, where, ragged, piece):
     """The text of `share`, executed by the emulator."""
     parts, rows = where
     if not ragged:
@@ -184,15 +204,13 @@ def test_the_kernel_follows_the_model(batch, where, ragged):
     starts = pointer([0, *accumulate(tokens for _, tokens in batch)])
     lengths = pointer([seq_len for seq_len, _ in batch])
     for part in {0, parts // 2, parts - 1}:
-        shared, pieces, cuts, cuts_before = SCHEDULE.share(
-            lengths, starts, *map(gluon_emulator.Int, (len(batch), part, parts, rows)), ragged
+        shared, *of_plan = SCHEDULE.share(
+            lengths, starts, *map(gluon_emulator.Int, (len(batch), part, parts, rows)), ragged, piece
         )
-        model = share_of(costs, part, parts, rows)
-        if model.first_request > model.last_request:  # no work: what follows from it is not read
-            assert shared[0] > shared[2]
-            assert cuts == model.cuts
-        else:
-            assert (*shared, pieces, cuts, cuts_before) == model
+        share, model = Share(*shared, *of_plan), share_of(costs, part, parts, rows, piece)
+        assert list(pieces_of(costs, part, share)) == list(pieces_of(costs, part, model))
+        assert (share.pieces, share.cuts) == (model.pieces, model.cuts)
+        assert share.cuts_before == model.cuts_before or not model.pieces  # it is read for a cut request alone
 
 
 @given(

@@ -37,7 +37,7 @@ from mla_kernels.hopper_shared import allocate
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.primitives import E4M3, reaching_all, scratch
-from mla_kernels.schedule import BLOCK, share, share_splits
+from mla_kernels.schedule import BLOCK, PIECE, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts
 from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
 
@@ -71,7 +71,7 @@ def _decode_kernel(
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, GATHER: gl.constexpr,
     PACKED: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SPLIT: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     WRITTEN: gl.constexpr = GATHER or PACKED  # by threads, not TMA
     smem, q_s, q_rope_s = allocate(q_latent_ptr.dtype.element_ty, ROWS, [ROWS, BLOCK], SWIZZLED, GATHER)
@@ -84,7 +84,7 @@ def _decode_kernel(
         plan = shared  # there is none, and roles take no None
     else:
         shared, pieces, cuts, cuts_before = share(
-            seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED
+            seq_lens_ptr, query_start_ptr, batch, part, parts, rows_per_slot, RAGGED, PIECE
         )  # fmt: skip
         plan = (plan_ptr, pieces, cuts, cuts_before)
     barrier()
@@ -193,7 +193,7 @@ def _decode_rows(
     launch(
         _decode_kernel, (row_tiles(rows, ROWS.value), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
-        GATHER=gather, PACKED=packed, SPLIT=split, **prepared.constants,
+        GATHER=gather, PACKED=packed, SPLIT=split, PIECE=PIECE, **prepared.constants,
         LOADER_WARPS=4 if gather or packed else 1, LOADER_REGS=loader_registers, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
