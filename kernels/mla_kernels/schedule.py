@@ -22,7 +22,6 @@ CHUNK, FEW = gl.constexpr(128), gl.constexpr(32)  # requests looked at at once, 
 UNIT, MERGE, CUT = gl.constexpr(1024), gl.constexpr(1536), gl.constexpr(4096)
 # Query rows of which partial answers take as long to write and read again as a part needs for a block.
 ROWS_OF_A_BLOCK = gl.constexpr(1300.0)
-PIECE = 3  # blocks for which a part would need as long as for a request beside its blocks
 
 
 @gluon.jit
@@ -104,7 +103,8 @@ def _with_room(real, cost, room):
 def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr, PIECE: gl.constexpr):
     """What part `part` of `parts` works on, computed by four warps.  rows: query rows of a request, at most.
 
-    PIECE: blocks for which a part would need as long as for a request beside its blocks.
+    PIECE: blocks for which a part would need as long as for a request beside its blocks. Launches have theirs from an
+        H200 (2026-11-27, four uneven batches with 16 to 128 heads), where 0 to 24 blocks were tried.
     Returns (first request, its first block, last request, its end block, which may be beyond its last), and about cut
     requests: into how many parts the last one is cut if it begins here and goes on elsewhere (else 0), how many there
     are, and how many before the last one. No work: the last request is before the first.
