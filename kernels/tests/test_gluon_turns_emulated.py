@@ -89,6 +89,7 @@ def test_an_infinite_query_spoils_its_own_row_alone(kernel):
 def all_forms(kernel):
     check(kernel, make(50, [700, 30], query_lens=2, page_size=48, **SCALED))
     check(kernel, make(40, [700, 130, 70], query_lens=[2, 1, 1], **SCALED))
+    check(kernel, make(40, [100] * 11, **SCALED))  # parts of several pieces
     check(kernel, with_large_scores(48, **FP8))
     check(kernel, with_scores_near(-1000.0))
     check(kernel, with_no_numbers_behind_tokens())
