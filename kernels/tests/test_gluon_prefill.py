@@ -107,3 +107,8 @@ def test_tensors_that_tma_cannot_read_are_copied():
         assert copy is not bad
         assert copy.is_contiguous()
         assert torch.equal(copy, bad)
+
+
+def test_widths_that_no_copy_helps_are_refused():
+    with pytest.raises(ValueError, match=r"multiples of 8 values, got \(20, 3, 100\)"):
+        KERNEL.load()._for_tma(torch.zeros(20, 3, 100, dtype=torch.bfloat16))

@@ -167,8 +167,12 @@ def _rows_of(x) -> _Rows:
 
 def _for_tma(x):
     """`x`, or a copy where TMA cannot go."""
-    fits = x.data_ptr() % 16 == 0 and _rows_of(x).fits_tma
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % 16 == 0 and _rows_of(x).fits_tma:
+        return x
+    copy = x.clone(memory_format=torch.contiguous_format)
+    if not _rows_of(copy).fits_tma:
+        raise ValueError(f"rows of all heads must be of multiples of 8 values, got {tuple(x.shape)}; see `unsupported`")
+    return copy
 
 
 def _most_tiles(tokens: int, requests: int, heads: int) -> int:
