@@ -210,20 +210,28 @@ LEAVES = {
     "hopper_shared": ("hopper", "hopper_load", "schedule"),
     "hopper_decode": ("hopper", "hopper_load", "primitives", "schedule"),
     "hopper_columns": ("hopper_load",),
+    "hopper_tiles": (
+        *("hopper", "hopper_codes", "hopper_codes_load", "hopper_columns", "hopper_decode", "hopper_load"),
+        *("hopper_shrink", "schedule"),
+    ),
+    "hopper_tiles_launch": (
+        *("hopper", "hopper_codes_load", "hopper_launch", "hopper_shared", "hopper_tiles", "launching", "schedule"),
+    ),
     "hopper_codes_load": ("hopper", "hopper_load", "schedule"),
     "hopper_codes": ("hopper", "hopper_codes_load", "hopper_columns", "hopper_load", "schedule"),
     "hopper_few": (
         *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shrink", "schedule"),
     ),
     "hopper_turns": (
-        *("hopper", "hopper_codes", "hopper_decode", "hopper_load", "hopper_shared", "hopper_shrink", "schedule"),
+        *("hopper", "hopper_codes", "hopper_columns", "hopper_decode", "hopper_load", "hopper_shared", "hopper_shrink"),
+        "schedule",
     ),
     "hopper_codes_launch": (
         *("hopper", "hopper_codes", "hopper_codes_load", "hopper_few", "hopper_launch", "hopper_load", "hopper_shared"),
         *("hopper_turns", "launching", "schedule"),
     ),
     "hopper_few_launch": (
-        *("hopper", "hopper_unpack", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "hopper_shared"),
+        *("hopper", "hopper_decode", "hopper_few", "hopper_launch", "hopper_load", "hopper_shared"),
         *("launching", "schedule"),
     ),
     "hopper_launch": (

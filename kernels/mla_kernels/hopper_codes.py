@@ -12,7 +12,8 @@ Buffers are half as large as those of float16, so more blocks are on their way, 
 written and twice to be read. The order of a product's inner dimension, and of its rows, is free: both are such that the
 four codes of a word, which lie side by side in a row of the cache, are one thread's.
 
-Of up to 32 queries. With 64 the roles are those of hopper_turns.py, which takes `scores` and `add_columns` from here.
+Of up to 32 queries. With 64 the roles are those of hopper_turns.py, which takes `scores` and `add_columns` from here;
+hopper_tiles.py has those for tile-scaled rows.
 """
 
 from triton.experimental import gluon
@@ -69,21 +70,33 @@ VALUES = gl.constexpr(
 )
 
 
+@gluon.constexpr_function
+def tile_words(KEYS):
+    """Who holds which words of [KEYS, 32 words of four columns]: as two transposed left operands of [64, KEYS]."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0]][: 3 if KEYS == 32 else 4],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [0, 16]],
+        block_bases=[],
+        shape=[KEYS, 32],
+    )
+
+
 @gluon.jit
-def _keys(codes, KEYS: gl.constexpr, F: gl.constexpr):
-    """Codes [KEYS, 64] as a left operand of float16.
+def keys_operand(codes, KEYS: gl.constexpr, F: gl.constexpr, WIDTH: gl.constexpr = TILE):
+    """Codes [KEYS, WIDTH] as a left operand of float16.
 
     Of 16 columns a thread's four, 4 t .. 4 t + 3, become what the instruction calls 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t.
     hopper_shrink.py puts queries' columns where they belong then.
     """
     s_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [KEYS // 16, 1], [16, F, 16])
     x = gl.inline_asm_elementwise(TO_FLOAT16, "=r,=r,r", [codes], dtype=gl.float16, is_pure=True, pack=4)
-    x = x.reshape([KEYS, TILE // 16, 4, 2, 2]).permute((0, 1, 3, 2, 4)).reshape([KEYS, TILE])
+    x = x.reshape([KEYS, WIDTH // 16, 4, 2, 2]).permute((0, 1, 3, 2, 4)).reshape([KEYS, WIDTH])
     return gl.convert_layout(x, gl.DotOperandLayout(0, s_lay, 2))
 
 
 @gluon.jit
-def _two_tiles(buffer, KEYS: gl.constexpr):
+def two_halves_of_box(buffer, KEYS: gl.constexpr):
     """Codes [KEYS, 128] as two of [KEYS, 64]."""
     lay: gl.constexpr = keys_layout(KEYS)
     return gl.split(buffer.load(lay).reshape([KEYS, 2, TILE]).permute((0, 2, 1)))
@@ -92,7 +105,7 @@ def _two_tiles(buffer, KEYS: gl.constexpr):
 @gluon.jit
 def _add_product(s, codes, q, first: gl.constexpr, KEYS: gl.constexpr, F: gl.constexpr):
     """Start adding keys times queries. Waits for the product before it, whose keys lie in registers."""
-    s = warpgroup_mma(_keys(codes, KEYS, F), q.permute((1, 0)), s, use_acc=not first, is_async=True)
+    s = warpgroup_mma(keys_operand(codes, KEYS, F), q.permute((1, 0)), s, use_acc=not first, is_async=True)
     return warpgroup_mma_wait(1, deps=[s])
 
 
@@ -105,30 +118,32 @@ def scores(step, q_s, q_rope_s, smem, KEYS: gl.constexpr, F: gl.constexpr, R: gl
     for half in gl.static_range(2):
         mbarrier.wait(smem.k_full.index(2 * stage + half), phase)
         k, q = smem.k.index(2 * stage + half), q_s.index(zero + half)
-        tile0, tile1 = _two_tiles(k.slice(0, BOX, dim=1), KEYS)
+        tile0, tile1 = two_halves_of_box(k.slice(0, BOX, dim=1), KEYS)
         s = _add_product(s, tile0, q.slice(0, TILE, dim=1), half == 0, KEYS, F)
         s = _add_product(s, tile1, q.slice(TILE, TILE, dim=1), False, KEYS, F)
-        tile2, tile3 = _two_tiles(k.slice(BOX, BOX, dim=1), KEYS)
+        tile2, tile3 = two_halves_of_box(k.slice(BOX, BOX, dim=1), KEYS)
         s = _add_product(s, tile2, q.slice(2 * TILE, TILE, dim=1), False, KEYS, F)
         s = _add_product(s, tile3, q.slice(3 * TILE, TILE, dim=1), False, KEYS, F)
         if half == 1 and R > 0:
-            rope, _ = _two_tiles(smem.k_rope.index(stage), KEYS)
+            rope, _ = two_halves_of_box(smem.k_rope.index(stage), KEYS)
             s = _add_product(s, rope, q_rope_s, False, KEYS, F)
         mbarrier.arrive(smem.k_empty.index(2 * stage + half), count=1)
     return warpgroup_mma_wait(0, deps=[s])
 
 
 @gluon.jit
-def add_columns(acc, words, weight, PAIRS: gl.constexpr, WARPS: gl.constexpr, F: gl.constexpr):
-    """Start adding two columns of each word times weights.   words: of [64 keys, 8 words for each warp].
+def add_columns(
+    acc, words, weight, PAIRS: gl.constexpr, WARPS: gl.constexpr, F: gl.constexpr, KEYS: gl.constexpr = BLOCK
+):  # fmt: skip
+    """Start adding two columns of each word times weights.   words: of [KEYS, 8 words for each warp].
 
-    The columns become a left operand of float16, [16 for each warp, 64 keys].
+    The columns become a left operand of float16, [16 for each warp, KEYS].
     """
     o_lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, F, 16])
     y0, y1 = gl.inline_asm_elementwise(
         PAIRS, "=r,=r,r,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
     )  # fmt: skip
-    x = gl.join(y0, y1).reshape([BLOCK, WARPS, 8, 2]).permute((1, 3, 2, 0)).reshape([16 * WARPS, BLOCK])
+    x = gl.join(y0, y1).reshape([KEYS, WARPS, 8, 2]).permute((1, 3, 2, 0)).reshape([16 * WARPS, KEYS])
     return warpgroup_mma(gl.convert_layout(x, gl.DotOperandLayout(0, o_lay, 2)), weight, acc, is_async=True)
 
 
@@ -145,6 +160,21 @@ def _words(b, u: gl.constexpr, buffer, known, KEYS: gl.constexpr):
     words = reinterpret(buffer, gl.int32, [KEYS, HALF // 4], SWIZZLED_WORDS).slice(u * BLOCK, BLOCK, dim=0).load(VALUES)
     if (b + 1) * BLOCK > known:  # what is there may be NaN, and 0 * NaN is NaN
         position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, VALUES))
+        words = gl.where((position < known)[:, None], words, 0)
+    return words
+
+
+@gluon.jit
+def words_of_tile(
+    b, at: gl.constexpr, tile: gl.constexpr, buffer, known, KEYS: gl.constexpr, STEP_KEYS: gl.constexpr
+):  # fmt: skip
+    """The same of 128 columns alone, those of the half's first or second tile, and of KEYS keys from the at-th of block
+    `b` on: [KEYS, 32 words], for four warps."""
+    lay: gl.constexpr = tile_words(KEYS)
+    words = reinterpret(buffer, gl.int32, [STEP_KEYS, HALF // 4], SWIZZLED_WORDS)
+    words = words.slice(tile * 32, 32, dim=1).slice(at, KEYS, dim=0).load(lay)
+    if b * BLOCK + at + KEYS > known:
+        position = b * BLOCK + at + gl.arange(0, KEYS, gl.SliceLayout(1, lay))
         words = gl.where((position < known)[:, None], words, 0)
     return words
 

@@ -60,7 +60,7 @@ def _decode_codes_kernel(
     if F == 64:
         gl.warp_specialize(
             [
-                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
+                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES, 0)),
                 (take_turns, (q, lse, plan, out, scale_log2, scale_ptr, work, smem, 0, N, R, RAGGED, STAGES)),
                 (take_turns, (q, lse, plan, out, scale_log2, scale_ptr, work, smem, 1, N, R, RAGGED, STAGES)),
             ],
@@ -70,7 +70,7 @@ def _decode_codes_kernel(
     else:
         gl.warp_specialize(
             [
-                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES)),
+                (gather_codes if GATHER else load_codes, (cache, work, smem, N, R, PAGE, RAGGED, F, STEP, STAGES, 0)),
                 (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, False, STEP, STAGES, 0)),
                 (accumulate, (out, work, smem, N, F, RAGGED, STEP, STAGES)),
             ],

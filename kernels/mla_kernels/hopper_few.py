@@ -2,13 +2,13 @@
 
 A matrix instruction takes 64 rows. Where queries are 16 or 32, these are better keys, and queries its columns:
 
-  load_keys, gather_keys or unpack_keys   fills k, half a block at a time, when it is empty
-  attend                                  k times query: scores [64 keys, F queries]; softmax weights into `weight`
-  accumulate                              output [512, F] += latent part of k, transposed, times weight
+  load_keys or gather_keys   fills k, half a block at a time, when it is empty
+  attend                     k times query: scores [64 keys, F queries]; softmax weights into `weight`
+  accumulate                 output [512, F] += latent part of k, transposed, times weight
 
 So a block takes a quarter or half of the time on the tensor cores that it takes with queries as rows, and accumulators
 fit registers with room to spare. Pieces, barriers and names are those of hopper_decode.py; F is 16 or 32, with fixed
-splits 64 too. `attend` serves an fp8 cache as well, whose other roles are in hopper_codes.py.
+splits 64 too. `attend` serves an fp8 cache with one scale as well, whose other roles are in hopper_codes.py.
 
 With fixed splits a query has the same bits in tiles of every width and at every place in them. An element of a matrix
 instruction's result is a sum over k in an order that is its own: neither its place nor the other columns are in it, nor

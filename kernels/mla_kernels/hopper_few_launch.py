@@ -1,7 +1,6 @@
 """The launch of Hopper's decode for few query rows: keys are rows of the matrix instructions, queries columns.
 
-Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py, and
-hopper_unpack.py has the one that reads tile-scaled rows.
+Schedule, loaders and what is left to merge are those of decode/gluon_sm90.py; the roles are in hopper_few.py.
 """
 
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from mla_kernels.hopper_few import accumulate, attend
 from mla_kernels.hopper_launch import row_tiles
 from mla_kernels.hopper_load import Cache, gather_keys, load_keys
 from mla_kernels.hopper_shared import allocate
-from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.schedule import BLOCK, share, share_splits
 
@@ -45,10 +43,9 @@ def _decode_few_kernel(
     out_ptr, stride_out_t, stride_out_n, lse_ptr, stride_lse_t, stride_lse_n,
     part_ptr, part_lse_ptr, plan_ptr, rows_per_slot, scale_ptr, turn, window,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr,
-    GATHER: gl.constexpr, CONVERTERS: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr,
-    ADDER_REGS: gl.constexpr, SPLIT: gl.constexpr, PIECE: gl.constexpr,
+    GATHER: gl.constexpr, LOADER_WARPS: gl.constexpr, LOADER_REGS: gl.constexpr, ADDER_REGS: gl.constexpr,
+    SPLIT: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
-    WRITTEN: gl.constexpr = GATHER or CONVERTERS > 0  # by threads, not TMA
     weight_lay: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * F, element_bitwidth=16, rank=2)
     smem, q_s, q_rope_s = allocate(q_latent_ptr.dtype.element_ty, F, [BLOCK, F], weight_lay, GATHER)
 
@@ -72,37 +69,15 @@ def _decode_few_kernel(
     lse = (lse_ptr, stride_lse_t, stride_lse_n, part_lse_ptr, rows_per_slot)
     out = (out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot)
     cache = Cache(k_desc, page_rows, cache_ptr, stride8_page, stride8_token, table_ptr, stride_table)
-    if CONVERTERS == 2:
-        gl.warp_specialize(
-            [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2, SPLIT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN, SPLIT)),
-                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 1)),
-                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 1, 2)),
-            ],
-            [8, 4, 4],
-            [ADDER_REGS, LOADER_REGS, LOADER_REGS],
-        )
-    elif CONVERTERS == 1:
-        gl.warp_specialize(
-            [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2, SPLIT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN, SPLIT)),
-                (unpack_keys, (cache, work, smem, N, R, PAGE, RAGGED, F, 0, 2)),
-            ],
-            [8, 4],
-            [ADDER_REGS, LOADER_REGS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, WRITTEN, 0, 2, SPLIT)),
-                (accumulate, (out, work, smem, N, F, RAGGED, WRITTEN, SPLIT)),
-                (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, F)),
-            ],
-            [8, LOADER_WARPS],
-            [ADDER_REGS, LOADER_REGS],
-        )
+    gl.warp_specialize(
+        [
+            (attend, (q, lse, plan, scale_log2, scale_ptr, work, smem, N, F, R, RAGGED, GATHER, 0, 2, SPLIT)),
+            (accumulate, (out, work, smem, N, F, RAGGED, GATHER, SPLIT)),
+            (gather_keys if GATHER else load_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, F)),
+        ],
+        [8, LOADER_WARPS],
+        [ADDER_REGS, LOADER_REGS],
+    )
 
 
 def columns_of(rows: int) -> int:
@@ -111,10 +86,9 @@ def columns_of(rows: int) -> int:
 
 
 class Roles(NamedTuple):
-    """Warpgroups that convert, warps that load otherwise, registers of a thread of theirs and of those that add values
-    up. The others get what is left of `registers` for each thread."""
+    """Warps that load, registers of a thread of theirs and of those that add values up. The others get what is left of
+    `registers` for each thread."""
 
-    converters: int
     loader_warps: int
     loader_registers: int
     adder_registers: int
@@ -124,21 +98,19 @@ class Roles(NamedTuple):
 def _roles_of_splits(prepared, columns: int) -> Roles:
     """With fixed splits: where a split begins and ends, what adds values up has more to remember."""
     if prepared.gather:
-        return Roles(0, 4, 56, 136) if columns == 16 else Roles(0, 4, 40, 160)
+        return Roles(4, 56, 136) if columns == 16 else Roles(4, 40, 160)
     if columns == 16:
-        return Roles(0, 1, 40, 96, registers=96)
-    return Roles(0, 1, 24 if prepared.constants["PAGE"] >= BLOCK.value else 32, 160)
+        return Roles(1, 40, 96, registers=96)
+    return Roles(1, 24 if prepared.constants["PAGE"] >= BLOCK.value else 32, 160)
 
 
 def roles_of(prepared, columns: int) -> Roles:
-    if prepared.packed:
-        return Roles(2, 4, 88, 80) if columns == 16 else Roles(1, 4, 88, 128)
     if prepared.gather:
-        return Roles(0, 4, 56, 136)
+        return Roles(4, 56, 136)
     if columns == 16:
         # Leaves room for a program of the merge, which is then there when the last part ends.
-        return Roles(0, 1, 40, 88, registers=96)
-    return Roles(0, 1, 40, 144)
+        return Roles(1, 40, 88, registers=96)
+    return Roles(1, 40, 144)
 
 
 def decode_few(
@@ -154,7 +126,7 @@ def decode_few(
     launch(
         _decode_few_kernel, (row_tiles(rows, columns), parts),
         *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows, cache_scale, turn, window,
-        F=columns, GATHER=prepared.gather, CONVERTERS=roles.converters, **prepared.constants,
+        F=columns, GATHER=prepared.gather, **prepared.constants,
         LOADER_WARPS=roles.loader_warps, LOADER_REGS=roles.loader_registers, ADDER_REGS=roles.adder_registers,
         SPLIT=split, PIECE=PIECE,
         num_warps=4, launch_pdl=True, **({"maxnreg": roles.registers} if roles.registers < 128 else {}),

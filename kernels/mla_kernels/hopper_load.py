@@ -1,6 +1,6 @@
 """The role of Hopper decode kernels that copies cache rows into shared memory: by TMA, or row by row.
 
-Those of an fp8 cache: hopper_codes_load.py, and hopper_unpack.py for tile-scaled rows.
+Those of an fp8 cache: hopper_codes_load.py, and hopper_unpack.py for tile-scaled rows and many queries.
 """
 
 from typing import NamedTuple

@@ -24,10 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mla_kernels.hopper import SWIZZLED_WORDS, barrier, reinterpret, ring, uniform
-from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, add_columns, scores
+from mla_kernels.hopper import barrier, ring, uniform
+from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, add_columns, scores, words_of_tile
+from mla_kernels.hopper_columns import store_tile
 from mla_kernels.hopper_decode import LAZY, scale_of, write_lse, write_plan
-from mla_kernels.hopper_load import HALF, LATENT, load_q
+from mla_kernels.hopper_load import HALF, load_q
 from mla_kernels.hopper_shared import QUERIES
 from mla_kernels.hopper_shrink import shrink_q
 from mla_kernels.schedule import BLOCK, piece
@@ -35,26 +36,6 @@ from mla_kernels.schedule import BLOCK, piece
 # Of scores and outputs: keys, or columns of the latent, by queries.
 TILE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 QUERY = gl.constexpr(gl.SliceLayout(0, TILE_LAYOUT))
-# Who holds which words of [64 keys, 32 words of four columns]: as two transposed left operands of [64, 64].
-WORDS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
-        warp_bases=[[0, 8], [0, 16]],
-        block_bases=[],
-        shape=[64, 32],
-    )
-)
-# The outputs that such words make, [128 columns, 64 queries]: all four columns of a word are a thread's.
-COLUMNS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[1, 0], [2, 0], [0, 1], [0, 8], [0, 16], [0, 32]],
-        lane_bases=[[0, 2], [0, 4], [4, 0], [8, 0], [16, 0]],
-        warp_bases=[[32, 0], [64, 0]],
-        block_bases=[],
-        shape=[128, 64],
-    )
-)
 
 
 @gluon.jit
@@ -122,16 +103,6 @@ def _outgrown(smem, whose):
 
 
 @gluon.jit
-def _words(b, chunk: gl.constexpr, buffer, seq_len):
-    """Of a half of block `b`: its chunk-th 128 columns as [64 keys, 32 words of four]; 0 behind the last token."""
-    words = reinterpret(buffer, gl.int32, [BLOCK, HALF // 4], SWIZZLED_WORDS).slice(chunk * 32, 32, dim=1).load(WORDS)
-    if (b + 1) * BLOCK > seq_len:  # what is there may be NaN, and 0 * NaN is NaN
-        position = b * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, WORDS))
-        words = gl.where((position < seq_len)[:, None], words, 0)
-    return words
-
-
-@gluon.jit
 def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.constexpr, STAGES: gl.constexpr):
     """Add values of this warpgroup's half of block `b`, its own or the other's, times weights. Returns outputs, and
     sums of weights, which the other's block may have rescaled."""
@@ -141,7 +112,7 @@ def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.
     values = smem.k.index(2 * stage + turn)
     if not OWN:
         mbarrier.wait(smem.k_full.index(2 * stage + turn), phase)
-    words = _words(b, 0, values, seq_len)
+    words = words_of_tile(b, 0, 0, values, seq_len, BLOCK, BLOCK)
     if not OWN:
         mbarrier.wait(smem.weight_full.index(whose), (block >> 1) & 1)
     if _outgrown(smem, whose):
@@ -155,31 +126,13 @@ def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.
     weight = smem.weight.index(whose)
     acc0 = add_columns(acc0, words, weight, FIRST_PAIRS, 4, QUERIES)
     acc1 = add_columns(acc1, words, weight, LAST_PAIRS, 4, QUERIES)
-    words = _words(b, 1, values, seq_len)
+    words = words_of_tile(b, 0, 1, values, seq_len, BLOCK, BLOCK)
     acc0, acc1 = warpgroup_mma_wait(1, deps=[acc0, acc1])
     acc2 = add_columns(acc2, words, weight, FIRST_PAIRS, 4, QUERIES)
     acc1, acc2 = warpgroup_mma_wait(1, deps=[acc1, acc2])
     acc3 = add_columns(acc3, words, weight, LAST_PAIRS, 4, QUERIES)
     mbarrier.arrive(smem.k_empty.index(2 * stage + turn), count=1)
     return warpgroup_mma_wait(0, deps=[acc0, acc1, acc2, acc3]), total
-
-
-@gluon.jit
-def _store(acc0, acc1, chunk, slot, out, row0, rows, token, turn: gl.constexpr, N: gl.constexpr):
-    """Write 128 columns of outputs: of a word's first two and last two columns, [64, 64 queries] each."""
-    out_ptr, stride_out_t, stride_out_n, part_ptr, rows_per_slot = out
-    x = gl.join(acc0, acc1).reshape([4, 2, 8, QUERIES, 2]).permute((0, 2, 4, 1, 3)).reshape([HALF // 2, QUERIES])
-    x = gl.convert_layout(x, COLUMNS)
-    i = gl.arange(0, QUERIES, gl.SliceLayout(0, COLUMNS))
-    column = turn * HALF + chunk * (HALF // 2) + gl.arange(0, HALF // 2, gl.SliceLayout(1, COLUMNS))
-    here = (i < rows)[None, :]
-    if slot < 0:
-        r = token * N + row0 + i
-        at_row = (r // N).to(gl.int64) * stride_out_t + (r % N).to(gl.int64) * stride_out_n
-        gl.store(out_ptr + at_row[None, :] + column[:, None], x.to(out_ptr.dtype.element_ty), mask=here)
-    else:
-        at_row = (slot * rows_per_slot + row0 + i).to(gl.int64) * LATENT
-        gl.store(part_ptr + at_row[None, :] + column[:, None], x, mask=here)
 
 
 @gluon.jit
@@ -254,5 +207,6 @@ def take_turns(
                 write_lse(sum_of_query, top, gl.arange(0, QUERIES, QUERY), slot, token, row0, rows, lse, N)
             last = (cache_scale / safe)[None, :]
             acc0, acc1, acc2, acc3 = acc
-            _store(acc0 * last, acc1 * last, 0, slot, out, row0, rows, token, turn, N)
-            _store(acc2 * last, acc3 * last, 1, slot, out, row0, rows, token, turn, N)
+            column = turn * HALF
+            store_tile(acc0 * last, acc1 * last, column, slot, out, row0, rows, token, N, QUERIES)
+            store_tile(acc2 * last, acc3 * last, column + HALF // 2, slot, out, row0, rows, token, N, QUERIES)

@@ -1,11 +1,14 @@
-"""The role of Hopper decode kernels that reads packed rows: codes into registers, values into shared memory."""
+"""The role of Hopper decode that unpacks tile-scaled rows: codes into registers, values into shared memory.
+
+Of more than 32 query rows. With fewer, rows are copied as they are (hopper_tiles.py).
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from mla_kernels.hopper import SWIZZLED_WORDS, cp_async, reinterpret, ring
-from mla_kernels.hopper_load import HALF, LATENT, TILE
+from mla_kernels.hopper_load import LATENT, TILE
 from mla_kernels.schedule import BLOCK, piece
 
 # Four e4m3 codes of a word, each times a float32, to two words of two float16 or bfloat16, rounded once: a product is
@@ -99,10 +102,9 @@ def _prefetch(row, first, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch_halves(row, R: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr):
-    _prefetch(row, FIRST * HALF // 4, (LAST - FIRST) * HALF // 4 // SECTOR)
-    if LAST == 2:
-        _prefetch(row, LATENT // 4, 5 if R > 0 else 1)  # scales, rope
+def _prefetch_row(row, R: gl.constexpr):
+    _prefetch(row, 0, LATENT // 4 // SECTOR)
+    _prefetch(row, LATENT // 4, 5 if R > 0 else 1)  # scales, rope
 
 
 @gluon.jit
@@ -142,9 +144,8 @@ def _finish_rope(buffer, LAYOUT: gl.constexpr):
 @gluon.jit
 def unpack_keys(
     cache, work, smem, N: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr, RAGGED: gl.constexpr, ROWS: gl.constexpr,
-    FIRST: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: halves FIRST to LAST - 1 of packed rows (cache_layout.PackedRow), scaled, in the queries' dtype.
+    """Four warps: packed rows (cache_layout.PackedRow), half by half, scaled, in the queries' dtype.
 
     A half is on its way from memory, in registers, while whoever takes it is waited for. It comes from L2: the next
     block's rows are already asked for. Whoever takes it has to fence, since a fence waits for all that a thread has on
@@ -164,13 +165,13 @@ def unpack_keys(
         page, real = _page_of(begin, end, t, seq_len, table, PAGE)
         next_page, next_real = _page_of(begin + 1, end, t, seq_len, table, PAGE)
         row = _row_of(cache, page, begin, t, PAGE)
-        codes0, codes1, scale0, scale1 = _packed_half(row, FIRST, w, real)
+        codes0, codes1, scale0, scale1 = _packed_half(row, 0, w, real)
         if AHEAD and begin + 1 < end:
-            _prefetch_halves(_row_of(cache, next_page, begin + 1, t, PAGE), R, FIRST, LAST)
+            _prefetch_row(_row_of(cache, next_page, begin + 1, t, PAGE), R)
         for b in range(begin, end):
             stage, phase, _ = ring(block)
             after_page, after_real = _page_of(b + 2, end, t, seq_len, table, PAGE)
-            for half in gl.static_range(FIRST, LAST):
+            for half in gl.static_range(2):
                 mbarrier.wait(smem.k_empty.index(2 * stage + half), phase ^ 1)
                 if half == 1 and R > 0:
                     _put_rope(smem.k_rope.index(stage), row, w, real)
@@ -179,14 +180,14 @@ def unpack_keys(
                 if half == 1 and R > 0:
                     _finish_rope(smem.k_rope.index(stage), lay)
                 mbarrier.arrive(smem.k_full.index(2 * stage + half), count=1)
-                if half + 1 < LAST:
-                    codes0, codes1, scale0, scale1 = _packed_half(row, half + 1, w, real)
+                if half == 0:
+                    codes0, codes1, scale0, scale1 = _packed_half(row, 1, w, real)
                 else:
                     row = _row_of(cache, next_page, b + 1, t, PAGE)
                     real = next_real
-                    codes0, codes1, scale0, scale1 = _packed_half(row, FIRST, w, real)
+                    codes0, codes1, scale0, scale1 = _packed_half(row, 0, w, real)
             next_page = after_page
             next_real = after_real
             if AHEAD and b + 2 < end:
-                _prefetch_halves(_row_of(cache, next_page, b + 2, t, PAGE), R, FIRST, LAST)
+                _prefetch_row(_row_of(cache, next_page, b + 2, t, PAGE), R)
             block += 1

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mla_kernels.hopper import SWIZZLED, SWIZZLED_CODES
+from mla_kernels.hopper import NARROW, SWIZZLED, SWIZZLED_CODES
 
 
 class _Memory(NamedTuple):
@@ -27,8 +27,8 @@ class _Memory(NamedTuple):
 def describe(address: int, dtype: torch.dtype, shape: tuple[int, int], row_stride: int, box: tuple[int, int]):
     """Of `shape` rows and columns at `address`, a multiple of 16 bytes; `box` of them are copied at once.
 
-    Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes.
+    Columns are adjacent, rows `row_stride` values apart, a multiple of 16 bytes. A box has rows of 128 bytes, or of 16.
     """
     memory = _Memory(address, dtype, form=(dtype, box))
-    layout = SWIZZLED_CODES if dtype == torch.int8 else SWIZZLED
+    layout = SWIZZLED if dtype != torch.int8 else SWIZZLED_CODES if box[1] == 128 else NARROW
     return TensorDescriptor(memory, list(shape), [row_stride, 1], list(box), layout.value)

@@ -4,7 +4,8 @@ Triton's interpreter does not take Gluon. But a Gluon kernel is Python text, and
 those names meanings in numpy and executes the text itself. Layouts mean nothing here (they change no value), nor do
 fences. Timing is chosen against the kernel: copies arrive at once, matrix instructions read their operands only when
 they are waited for, shared memory begins as NaN, reads and writes outside of a tensor raise, and a barrier that nobody
-completes is a test failure. float16 only: numpy has no bfloat16.
+completes is a test failure. numpy has no bfloat16: here it is the bits of one, which copies and matrix instructions
+take, and outputs are rounded to.
 """
 
 import ctypes
@@ -37,6 +38,15 @@ class Watch:
 WATCH = Watch()
 
 
+BFLOAT16 = np.uint16  # of which kernels have none
+
+
+def _floats(x):
+    """float32 of float16, or of bfloat16's bits."""
+    x = np.asarray(x)
+    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == BFLOAT16 else x.astype(np.float32)
+
+
 class Int(int):
     """A scalar: an int with the methods of a Gluon one."""
 
@@ -48,6 +58,9 @@ class Tensor(np.ndarray):
     type = SimpleNamespace(layout=None)
 
     def to(self, dtype, bitcast=False):
+        if dtype == BFLOAT16:
+            rounded = torch.from_numpy(np.array(self, np.float32)).bfloat16()
+            return _tensor(rounded.view(torch.uint16).numpy())
         return self.view(dtype) if bitcast else self.astype(dtype)
 
     def permute(self, order):
@@ -82,6 +95,8 @@ class Pointer:
 
     @classmethod
     def of(cls, tensor: torch.Tensor):
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.uint16)
         size = tensor.untyped_storage().nbytes() // tensor.itemsize
         return cls(tensor.detach().as_strided((size,), (1,), 0).numpy(), tensor.storage_offset())
 
@@ -193,9 +208,10 @@ class Product:
     def result(self):
         self._read()
         a, b = (x.array if isinstance(x, Memory) else x for x in (self.a, self.b))
-        assert a.dtype == b.dtype == np.float16
+        assert a.dtype == b.dtype
+        assert a.dtype in (np.float16, BFLOAT16)
         # Each element by itself, as a matrix instruction does: BLAS gives one other bits at another place in a matrix.
-        a, b = (np.ascontiguousarray(x, np.float32) for x in (a, b.T))
+        a, b = (np.ascontiguousarray(_floats(x)) for x in (a, b.T))
         product = np.einsum("ik,jk->ij", a, b)
         acc = self.acc.result() if isinstance(self.acc, Product) else self.acc
         return _tensor(product + acc if self.use_acc else product)
@@ -262,7 +278,8 @@ def _atomic_add(pointer, value, sem=None):
 def _allocate(dtype, shape, layout):
     if layout == "barriers":
         return Barriers(Barrier() for _ in range(shape[0]))
-    return Memory(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -1, dtype))
+    nothing = np.nan if np.dtype(dtype).kind == "f" else 0xFFFF if dtype == BFLOAT16 else -1
+    return Memory(np.full(shape, nothing, dtype))
 
 
 def _reduce(tensors, axis, combine):
@@ -272,7 +289,7 @@ def _reduce(tensors, axis, combine):
 
 
 def _inline_asm(asm, constraints, args, **_):
-    """Texts are told apart by what is in them alone; of those with a bfloat16 and a float16 form one is here."""
+    """Texts are told apart by what is in them alone."""
     asm = getattr(asm, "value", asm)
     if "shfl" in asm:
         return args[0]
@@ -280,8 +297,8 @@ def _inline_asm(asm, constraints, args, **_):
         args[0].reach(None)
         return None
     words, factor = (torch.from_numpy(np.ascontiguousarray(x)) for x in (args[0], args[-1]))
-    if "max.f16x2" in asm:
-        halves = (x.view(torch.float16) for x in (words, factor))
+    if "max." in asm:
+        halves = (x.view(torch.float16 if "max.f16x2" in asm else torch.bfloat16) for x in (words, factor))
         return _tensor(
             torch.maximum(*(x.abs().nan_to_num(0.0, posinf=torch.inf) for x in halves)).view(torch.int32).numpy()
         )
@@ -296,7 +313,10 @@ def _inline_asm(asm, constraints, args, **_):
         values = values * factor if "mul.f32" in asm else values
         pairs = values.half().view(*words.shape, 2, 2).view(torch.int32)[..., 0]
         return tuple(_tensor(pairs[..., i].numpy().copy()) for i in range(2))
-    assert "0xffff0000" not in asm or "cvt" in asm, f"no bfloat16 here: {asm}"
+    if "sub.f32" in asm:  # two float16 as bfloat16, and what is missing then
+        values = words.view(torch.float16).float()
+        parts = values.bfloat16(), (values - values.bfloat16().float()).bfloat16()
+        return tuple(_tensor(x.view(torch.int32).numpy()) for x in parts)
     values = words.view(torch.bfloat16 if "0xffff0000" in asm else torch.float16).float()
     if constraints == "=f,=f,r":
         pairs = values.view(*words.shape, 2).numpy()
@@ -352,7 +372,7 @@ gl = SimpleNamespace(
     num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
     associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
-    bfloat16="none here", shared_memory_descriptor=Memory, inline_asm_elementwise=_inline_asm,
+    bfloat16=BFLOAT16, shared_memory_descriptor=Memory, inline_asm_elementwise=_inline_asm,
     join=lambda x, y: _tensor(np.stack([np.asarray(x), np.asarray(y)], -1)),
     split=lambda x: (_tensor(x[..., 0].copy()), _tensor(x[..., 1].copy())),
 )  # fmt: skip

@@ -43,7 +43,10 @@ def test_compiles_for(target, names, tmp_path):
     [
         (
             "gluon_sm90",
-            {"_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel", "_merge_kernel", "_merge_splits_kernel"},
+            {
+                *("_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel", "_decode_tiles_kernel"),
+                *("_merge_kernel", "_merge_splits_kernel"),
+            },
         ),
         ("gluon_sm90_ragged", {"_prefill_kernel", "_merge_pieces_kernel"}),
     ],

@@ -97,7 +97,7 @@ def all_forms(kernel):
 
 POSITION = "gl.arange(0, BLOCK, gl.SliceLayout(1, TILE_LAYOUT))"
 WRITE = "r = token * N + row0 + i\n        at_row = (r // N).to(gl.int64) * stride_out_t"
-LAST = "_store(acc2 * last, acc3 * last, 1"
+LAST = "store_tile(acc2 * last, acc3 * last, column + HALF // 2"
 MISTAKES = {
     "the scale is left out of scores": ("* cache_scale * gl.max(smem.power", "* gl.max(smem.power"),
     "powers of queries are left out of scores": (" * gl.max(smem.power.load(one), 0)", ""),
@@ -108,8 +108,8 @@ MISTAKES = {
         "row = gl.arange(0, Q",
     ),
     "what is behind the last token is added": (
-        "gl.arange(0, BLOCK, gl.SliceLayout(1, WORDS))",
-        "gl.arange(0, BLOCK, gl.SliceLayout(1, WORDS)) - 999",
+        "position = b * BLOCK + at + gl.arange(0, KEYS, gl.SliceLayout(1, lay))",
+        "position = gl.arange(0, KEYS, gl.SliceLayout(1, lay)) - 999",
     ),
     "references stay as they are": ("[4], [0])), 0) > LAZY", "[4], [0])), 0) > 1e9"),
     "sums are not rescaled for an own block": (
@@ -128,7 +128,7 @@ MISTAKES = {
         "values = smem.k.index(2 * stage)",
     ),
     "both write the first half": ("column = turn * HALF", "column = 0 * HALF"),
-    "the last rows' columns are shifted": (LAST, LAST.replace("1", "0")),
+    "the last rows' columns are shifted": (LAST, LAST.replace(" + HALF // 2", "")),
     "every tile writes where the first one does": (WRITE, WRITE.replace("row0 + ", "")),
     "a piece's last block is left out": ("if added < end:", "if False:"),
     "sums are one warpgroup's": ("return first + second", "return first"),

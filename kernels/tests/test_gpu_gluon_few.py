@@ -117,16 +117,118 @@ def test_references_that_move(heads, score):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", [5, 30, 40])
 def test_any_scale_of_packed_rows_is_read(heads, dtype):
-    """vLLM before its pull request 49435 wrote amax / 448 as it was. Values are rounded to the queries' dtype once."""
+    """vLLM before its pull request 49435 wrote amax / 448 as it was. Of more than 32 rows values are rounded to the
+    queries' dtype once."""
     case = make(heads, [40, 130], dtype=dtype, **PACKED)
     scales = case.arrays[2][..., 512:528].view(torch.float32)
     scales *= 0.5 + torch.rand(scales.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    if heads <= 32:
+        check(case)
+        return
     latent, rope, cache, *rest = case.arrays
     rounded = reference.values_of(cache, 576, torch.float32).to(dtype)
     check(case, replace(case, arrays=(latent, rope, rounded, *rest)))
 
 
-@pytest.mark.parametrize("heads", [5, 40])
+def scales_of(case):
+    """Of packed rows, [pages, tokens, 4], in place."""
+    return case.arrays[2][..., 512:528].view(torch.float32)
+
+
+def by_token(case, request):
+    """(page, offset) of each of a request's tokens."""
+    token = torch.arange(int(case.arrays[4][request]), device="cuda")
+    size = case.arrays[2].shape[1]
+    return case.arrays[3][request, token // size].long(), token % size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [12, 30])
+def test_scales_of_packed_rows_that_grow(heads, dtype):
+    """From 2^-16 to 2^5 and back, by more than weights have room for, differently from tile to tile."""
+    case = make(heads, [3000, 5000, 30], needles=False, dtype=dtype, **PACKED)
+    for request in range(3):
+        page, offset = by_token(case, request)
+        order = 4 * (torch.arange(len(page)) // 64 % 5)[:, None] + torch.tensor([0, 3, -2, 1])
+        scales_of(case)[page, offset] = (2.0 ** (order - 14)).cuda()
+    for queries in case.arrays[:2]:
+        queries.zero_()  # no reference of the softmax moves, and every token counts
+    check(case)
+
+
+@pytest.mark.parametrize("heads", [12, 30])
+@pytest.mark.parametrize("place", [0, 700, 1999])
+def test_a_scale_of_packed_rows_that_falls_is_not_lost(heads, place):
+    """What all queries look at has scales of 2^-12 of the others', before it and behind it."""
+    case = make(heads, [2000, 20], needles=False, dtype=torch.float16, **PACKED)
+    q_latent, q_rope, cache_AGK, _, _ = case.arrays
+    page, offset = (x[place] for x in by_token(case, 0))
+    scales_of(case).mul_(2.0**14)
+    scales_of(case)[page, offset] *= 2.0**-12
+    q_latent[:], q_rope[:] = 0, 0
+    q_rope[..., 0] = 8.0
+    rope = cache_AGK[..., 528:].view(torch.bfloat16)
+    rope[..., 0] = 0
+    rope[page, offset, 0] = 64.0  # a score of 37 beside zeros
+    check(case)
+
+
+@pytest.mark.parametrize("heads", [12, 30])
+@pytest.mark.parametrize("score", [None, -1000.0, 1000.0])
+def test_references_that_move_with_packed_rows(heads, score):
+    case = make(heads, [5000, 300, 70], needles=score is None, **PACKED)
+    _, q_rope, cache_AGK, _, _ = case.arrays
+    if score is None:
+        case.options["scale"] *= 8
+    else:
+        cache_AGK[..., 528:].view(torch.bfloat16)[:] = 1
+        q_rope[:] = score / 64 / case.options["scale"]
+    check(case)
+
+
+@pytest.mark.parametrize("heads", [5, 20])
+@pytest.mark.parametrize("what", ["code", "scale", "infinite scale", "rope"])
+def test_what_is_no_number_in_packed_rows_stays_in_its_request(heads, what):
+    """In a request that is cut: its answers are no numbers, those of others what they are without it."""
+    case = make(heads, [30, 20000, 65], needles=False, **PACKED)
+    cache_AGK = case.arrays[2]
+    page, offset = (x[7000] for x in by_token(case, 1))
+    at, value = {
+        "code": (77, torch.tensor([0x7F], dtype=torch.uint8)),
+        "scale": (520, torch.tensor([torch.nan])),
+        "infinite scale": (520, torch.tensor([torch.inf])),
+        "rope": (528, torch.tensor([torch.nan], dtype=torch.bfloat16)),
+    }[what]
+    wanted, wanted_lse = KERNEL.run(*case.arrays, **case.options)
+    value = value.view(torch.uint8).cuda()
+    cache_AGK[page, offset, at : at + len(value)] = value
+    out, lse = KERNEL.run(*case.arrays, **case.options)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], wanted[[0, 2]])
+    assert torch.equal(lse[[0, 2]], wanted_lse[[0, 2]])
+
+
+@pytest.mark.parametrize("heads", [1, 20, 40])
+def test_every_code_of_packed_rows(heads):
+    """With scales of several sizes, in what a query reads that looks at one key only."""
+    case = make(heads, [4], needles=False, dtype=torch.float16, **PACKED)
+    q_latent, q_rope, cache_AGK, table, _ = case.arrays
+    codes = torch.arange(512, device="cuda").remainder(256).to(torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0
+    page = int(table[0, 0])
+    scales = torch.tensor([2.0**-13, 1.0, 8.0, 2.0**-3], device="cuda")
+    cache_AGK[page, :4] = 0
+    cache_AGK[page, 2, :512] = codes
+    cache_AGK[page, 2, 512:528] = scales.view(torch.uint8)
+    cache_AGK[page, 2, 528:530] = torch.tensor([64.0], dtype=torch.bfloat16, device="cuda").view(torch.uint8)
+    q_latent[:], q_rope[:] = 0, 0
+    q_rope[..., 0] = 8.0  # a score of 37 beside zeros
+    out, _ = KERNEL.run(*case.arrays, **case.options)
+    wanted = codes.view(E4M3).float() * scales.repeat_interleave(128)
+    assert torch.equal(out[0], wanted.to(out.dtype).expand(heads, -1))
+
+
+@pytest.mark.parametrize("heads", [5, 20, 40])
 def test_packed_rows_of_values_that_float16_cannot_hold(heads):
     case = make(heads, [140], needles=False, **PACKED)
     case.arrays[2][..., 512:528].view(torch.float32).mul_(2.0**20)
@@ -141,13 +243,16 @@ def test_query_tokens_before_the_sequence_see_nothing(cache):
 def test_ragged(cache):
     check(make(5, [5, 70, 1, 33, 2000], query_lens=[3, 1, 1, 3, 2], **cache))
     check(make(5, [5, 70, 9], query_lens=[2, 0, 3], **cache))
+    check(make(10, [5, 70, 1, 33, 2000], query_lens=[3, 1, 1, 3, 2], page_size=16, **cache))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 40, 131, 133, 300])
 def test_batches_cut_in_every_way(batch, cache):
     lengths = [1 + (i * i * 97 + 31 * batch) % 1200 for i in range(batch)]
     check(make(16, lengths, **cache))
-    if cache and cache != PACKED:
+    if cache == PACKED:
+        check(make(32, lengths, **cache))
+    elif cache:
         check(make(66, lengths, **cache))
 
 

@@ -5,9 +5,9 @@
      rows into two stages, one warpgroup multiplies queries with keys and takes the online softmax, two multiply its
      weights with values, which are the latent part of the keys in the same buffers (hopper_decode.py). Where a request
      has no more than 32 query rows, the products are transposed (hopper_few.py), which take half as long then, or less.
-     An fp8 cache with one scale is copied as it is and becomes float16 in registers, transposed whatever the number of
-     rows (hopper_codes.py; beyond 32 of them hopper_turns.py); tile-scaled rows are unpacked on their way, by one
-     warpgroup or two (hopper_unpack.py).
+     An fp8 cache is copied as it is and becomes float16 in registers, transposed: with one scale whatever the number of
+     rows (hopper_codes.py; beyond 32 of them hopper_turns.py), tile-scaled up to 32 of them (hopper_tiles.py). Beyond,
+     tile-scaled rows are unpacked on their way, by one warpgroup (hopper_unpack.py).
   2. A request that was cut leaves partial answers, which a second kernel merges (split_merge.py).
 
 Each of the two is launched while the kernel ahead ends, and waits for it before it reads or writes (programmatic
@@ -34,6 +34,7 @@ from mla_kernels.hopper_few_launch import COLUMNS, columns_of, decode_few
 from mla_kernels.hopper_launch import parts_of, prepare_launch, row_tiles, scratch_rows, scratch_shapes
 from mla_kernels.hopper_load import LATENT, Cache, gather_keys, load_keys
 from mla_kernels.hopper_shared import allocate
+from mla_kernels.hopper_tiles_launch import decode_tiles
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
 from mla_kernels.primitives import E4M3, reaching_all, scratch
@@ -105,7 +106,7 @@ def _decode_kernel(
                     (q, lse, plan, scale_log2, scale_ptr, work, smem, N, R, RAGGED, WRITTEN, PACKED, SPLIT),
                 ),
                 (accumulate, (out, work, smem, N, RAGGED, WRITTEN, SPLIT)),
-                (unpack_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS, 0, 2)),
+                (unpack_keys, (cache, to_load, smem, N, R, PAGE, RAGGED, ROWS)),
             ],
             [8, LOADER_WARPS],
             [160, LOADER_REGS],
@@ -216,16 +217,17 @@ def run(
     split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
+    heads = q_latent_TNL.shape[1]
+    rows = query_len * heads
     prepared = prepare_launch(
         q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B,
         scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
+        in_words=not _transposed(rows, heads, split_tokens),
     )  # fmt: skip
     out_TNL, lse_TN = prepared.outputs
     if prepared.empty:
         return out_TNL, lse_TN
     device, requests = prepared.device, len(seq_lens_B)
-    heads = q_latent_TNL.shape[1]
-    rows = query_len * heads
     height = _height(rows, heads, split_tokens)
     parts = parts_of(rows, height, device)
     if split_tokens is None:
@@ -233,6 +235,8 @@ def run(
         part, part_lse, plan = scratch(workspace, needed, cache_AGK.device)
         if prepared.codes:
             decode_codes(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
+        elif prepared.packed and _transposed(rows, heads, None):
+            decode_tiles(prepared, rows, height, parts, part, part_lse, plan)
         elif _transposed(rows, heads, None):
             decode_few(prepared, rows, height, parts, part, part_lse, plan, cache_scale)
         else:
