@@ -16,8 +16,8 @@ that rotary values are read, where these have fewer buffers.
 Rotary values of the cache are bfloat16, and so are the queries' then: those of float16 queries are a sum of two.
 
 Weights are float16, which ends at 2^16 and is coarse below 2^-14, and scales may be anything. A piece's scales are
-divided by a power of two, the same for all tiles, that the largest one so far asks for. Where that grows, outputs are
-rescaled, as where the softmax's reference does.
+divided by a power of two, the same for all tiles, that the largest one so far asks for: those of 2^-20 of it still keep
+all bits of a weight of 1. Where it grows, outputs are rescaled, as where the softmax's reference does.
 """
 
 from triton.experimental import gluon
