@@ -173,7 +173,8 @@ def words_of_tile(
     lay: gl.constexpr = tile_words(KEYS)
     words = reinterpret(buffer, gl.int32, [STEP_KEYS, HALF // 4], SWIZZLED_WORDS)
     words = words.slice(tile * 32, 32, dim=1).slice(at, KEYS, dim=0).load(lay)
-    if b * BLOCK + at + KEYS > known:
+    # Of (b + 1) * BLOCK, which take_turns has at hand: from b * BLOCK on, 88 bytes more were spilled there.
+    if (b + 1) * BLOCK + (at + KEYS - BLOCK) > known:
         position = b * BLOCK + at + gl.arange(0, KEYS, gl.SliceLayout(1, lay))
         words = gl.where((position < known)[:, None], words, 0)
     return words

@@ -120,7 +120,7 @@ class Launch(NamedTuple):
 
 def prepare_launch(
     q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B,
-    *, scale, query_len, query_start_B1, out_TNL, lse_TN, in_words=True,
+    *, scale, query_len, query_start_B1, out_TNL, lse_TN, in_words,
 ) -> Launch:  # fmt: skip
     """in_words: tile-scaled rows are read word by word (hopper_unpack.py), not copied as they are.
 

@@ -16,8 +16,8 @@ that rotary values are read, where these have fewer buffers.
 Rotary values of the cache are bfloat16, and so are the queries' then: those of float16 queries are a sum of two.
 
 Weights are float16, which ends at 2^16 and is coarse below 2^-14, and scales may be anything. A piece's scales are
-divided by a power of two, the same for all tiles, that the largest one so far asks for. Where that grows, outputs are
-rescaled, as where the softmax's reference does.
+divided by a power of two, the same for all tiles, that the largest one so far asks for: those of 2^-20 of it still keep
+all bits of a weight of 1. Where it grows, outputs are rescaled, as where the softmax's reference does.
 """
 
 from triton.experimental import gluon
@@ -230,25 +230,33 @@ def _attend_step(
     if b > begin:
         far = (above > LAZY) | (scale * shrink > 2.0**ORDERS)[:, None]
         grew = gl.max(far.to(gl.int32).reshape([KEYS * F]), 0)
-    mbarrier.wait(smem.weight_empty, (step & 1) ^ 1)
+    factor = gl.full([F], 1.0, gl.float32, gl.SliceLayout(0, s_lay))
     if grew > 0:
         largest = gl.max(s, 0)
         new_top = gl.where(gl.fma(largest, scale_log2, -top) > LAZY, largest * scale_log2, top)
         rescale = gl.exp2(top - new_top)
         weight = gl.exp2(gl.fma(s, scale_log2, -new_top[None, :]))
         new_shrink = gl.minimum(shrink, gl.exp2(ORDERS - 1 - gl.floor(gl.log2(gl.max(scale, 0)))))
-        smem.factor.store(rescale * (new_shrink / shrink))
+        factor = rescale * (new_shrink / shrink)
         total = _rescale_sums(total, rescale)
         top = new_top
         shrink = new_shrink
-    smem.weight[0].store((weight * (scale0 * shrink)[:, None]).to(gl.float16))
-    smem.weight[1].store((weight * (scale1 * shrink)[:, None]).to(gl.float16))
-    smem.weight[2].store((weight * (scale2 * shrink)[:, None]).to(gl.float16))
-    smem.weight[3].store((weight * (scale3 * shrink)[:, None]).to(gl.float16))
+    total += _thread_sums(weight, KEYS, F)
+    # Who adds values up may be waiting already: all is computed when the buffers are free.
+    weight0 = (weight * (scale0 * shrink)[:, None]).to(gl.float16)
+    weight1 = (weight * (scale1 * shrink)[:, None]).to(gl.float16)
+    weight2 = (weight * (scale2 * shrink)[:, None]).to(gl.float16)
+    weight3 = (weight * (scale3 * shrink)[:, None]).to(gl.float16)
+    mbarrier.wait(smem.weight_empty, (step & 1) ^ 1)
+    smem.factor.store(factor)
+    smem.weight[0].store(weight0)
+    smem.weight[1].store(weight1)
+    smem.weight[2].store(weight2)
+    smem.weight[3].store(weight3)
     smem.grew.store(gl.full([1], 0, gl.int32, flag_lay) + grew)
     fence_async_shared()
     mbarrier.arrive(smem.weight_full, count=1)
-    return top, shrink, total + _thread_sums(weight, KEYS, F)
+    return top, shrink, total
 
 
 @gluon.jit

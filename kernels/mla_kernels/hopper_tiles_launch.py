@@ -77,19 +77,17 @@ class Roles(NamedTuple):
 ROLES = {16: Roles(2, 2, 2, 120, 104, 8), 32: Roles(2, 2, 1, 120, 104, 8)}
 
 
-_GATHER_TAKES = 8  # registers, that loaders have more of them where they copy row by row
-
-
 def decode_tiles(prepared, rows: int, columns: int, parts: int, part, part_lse, plan) -> None:
     """Start it for `rows` query rows of a request, in tiles of `columns`.
 
     prepared: hopper_launch.prepare_launch's.   parts: of the batch, for such tiles.
     """
     roles = ROLES[columns]
+    spared = 8 if prepared.gather and columns == 16 else 0  # for loaders, which copy row by row then
     launch(
         _decode_tiles_kernel, (row_tiles(rows, columns), parts),
         prepared.scales, *prepared.before_parts, parts, *prepared.behind_parts, part, part_lse, plan, rows,
         F=columns, GATHER=prepared.gather, **prepared.constants, STEP=roles.step, STAGES=roles.stages,
-        ROPES=roles.ropes, ATTEND_REGS=roles.attend_registers - (_GATHER_TAKES if prepared.gather else 0),
-        ADDER_REGS=roles.adder_registers, PIECE=roles.piece, num_warps=4, launch_pdl=True,
+        ROPES=roles.ropes, ATTEND_REGS=roles.attend_registers - spared, ADDER_REGS=roles.adder_registers,
+        PIECE=roles.piece, num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def faults(row: dict) -> list[str]:
     splits, few = "fixed splits" in row["variant"], row["function"] == "_decode_few_kernel"
     crowded = splits or few
     packed = row["cache"] == "fp8_ds_mla"
-    if crowded and (row["page_size"] in GATHERED or packed):
+    if crowded and row["page_size"] in GATHERED:
         most = max(most, GATHER_SPILLED)
     if row["function"] == "_decode_codes_kernel":
         most = max(most, CODES_SPILLED)

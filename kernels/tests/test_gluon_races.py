@@ -55,7 +55,7 @@ MISTAKES = {
     "few: weights of codes are not waited for": ("few", {"    mbarrier.wait(smem.weight_full, step & 1)\n": ""}),
     "tiles: weights are written over": (
         "tiles",
-        {"    mbarrier.wait(smem.weight_empty, (step & 1) ^ 1)\n    if grew": "    if grew"},
+        {"    mbarrier.wait(smem.weight_empty, (step & 1) ^ 1)\n    smem.factor": "    smem.factor"},
     ),
     "tiles: weights are not waited for": (
         "tiles",
