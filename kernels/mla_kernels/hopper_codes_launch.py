@@ -81,7 +81,7 @@ def _decode_codes_kernel(
 
 class Roles(NamedTuple):
     """Blocks of a step, each with a warpgroup that attends; steps in shared memory; registers of a thread of those, and
-    of the two warpgroups that add values up; PIECE of schedule.share (202 short requests and two long ones, 16 heads:
+    of the two warpgroups that add values up; PIECE of schedule.share (200 short requests and two long ones, 16 heads:
     72 us instead of 94). Of 64 columns: registers of either warpgroup. Loaders get what is left."""
 
     step: int

@@ -48,7 +48,7 @@ from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_ro
 # Query rows of a request up to which products are transposed. On an H200 (2026-11-27) 128 x 4096 tokens with 16 heads
 # took 144 us so, 148 otherwise.
 _FEW_ROWS = max(COLUMNS)
-PIECE = 3  # of schedule.share: 202 short requests and two long ones, 128 heads: 159 us instead of 188
+PIECE = 3  # of schedule.share: 200 short requests and two long ones, 128 heads: 159 us instead of 188
 
 
 @gluon.jit(
