@@ -47,6 +47,9 @@ from mla_kernels.schedule import BLOCK, piece
 
 # Binary orders up to which scales are brought: a weight is up to 2^LAZY, and the product has to be below 2^16.
 ORDERS = gl.constexpr(7.0)
+# Scale that stands for an infinite value as our writer has it. All others of its piece would be 0 beside it, without
+# a word: answers are no numbers then.
+INFINITE = gl.constexpr(2.0**120)
 # Two float16 of a word as bfloat16, rounded, and what is missing then, which bfloat16 holds.
 _SPLIT_FLOAT16 = gl.constexpr("""{
 .reg .b16 x, y;
@@ -236,7 +239,9 @@ def _attend_step(
         new_top = gl.where(gl.fma(largest, scale_log2, -top) > LAZY, largest * scale_log2, top)
         rescale = gl.exp2(top - new_top)
         weight = gl.exp2(gl.fma(s, scale_log2, -new_top[None, :]))
-        new_shrink = gl.minimum(shrink, gl.exp2(ORDERS - 1 - gl.floor(gl.log2(gl.max(scale, 0)))))
+        most = gl.max(scale, 0)
+        new_shrink = gl.minimum(shrink, gl.exp2(ORDERS - 1 - gl.floor(gl.log2(most))))
+        new_shrink = gl.where(most < INFINITE, new_shrink, float("nan"))
         factor = rescale * (new_shrink / shrink)
         total = _rescale_sums(total, rescale)
         top = new_top

@@ -103,8 +103,8 @@ def _with_room(real, cost, room):
 def share(seq_lens_ptr, query_start_ptr, batch, part, parts, rows, RAGGED: gl.constexpr, PIECE: gl.constexpr):
     """What part `part` of `parts` works on, computed by four warps.  rows: query rows of a request, at most.
 
-    PIECE: blocks for which a part would need as long as for a request beside its blocks. Launches have theirs from an
-        H200 (2026-11-27, four uneven batches with 16 to 128 heads), where 0 to 24 blocks were tried.
+    PIECE: blocks for which a part would need as long as for a request beside its blocks. Of 0 to 24 tried on an H200
+        (2026-11-27, four uneven batches with 16 to 128 heads); tile-scaled rows have that of one scale.
     Returns (first request, its first block, last request, its end block, which may be beyond its last), and about cut
     requests: into how many parts the last one is cut if it begins here and goes on elsewhere (else 0), how many there
     are, and how many before the last one. No work: the last request is before the first.

@@ -7,7 +7,7 @@ import triton
 # Bytes a thread may spill to local memory. Float32 holds twice the accumulators and is there to be right, not fast.
 MOST_SPILLED = 1024
 # Hopper kernels, and their functions that multiply. They spill nothing, but for a few words outside of decode's loops
-# where another Triton's ptxas decides so: row pointers of the gather and tile-scaled rows with 3.7, the epilogue with
+# where another Triton's ptxas decides so: row pointers of the gather with 3.7, the epilogue with
 # 3.9 (which no engine pins yet).
 HOPPER = {
     "gluon_sm90": ("_decode_kernel", "_decode_few_kernel", "_decode_codes_kernel", "_decode_tiles_kernel"),

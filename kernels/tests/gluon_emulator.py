@@ -311,7 +311,8 @@ def _inline_asm(asm, constraints, args, **_):
     if "e4m3" in asm:
         values = words.view(torch.float8_e4m3fn).float()
         values = values * factor if "mul.f32" in asm else values
-        pairs = values.half().view(*words.shape, 2, 2).view(torch.int32)[..., 0]
+        values = values.bfloat16() if "bf16x2" in asm else values.half()
+        pairs = values.view(*words.shape, 2, 2).view(torch.int32)[..., 0]
         return tuple(_tensor(pairs[..., i].numpy().copy()) for i in range(2))
     if "sub.f32" in asm:  # two float16 as bfloat16, and what is missing then
         values = words.view(torch.float16).float()

@@ -5,9 +5,9 @@ It says what the schedule is and shows that the schedule is right, and that the 
 
 All requests' blocks of 64 tokens lie in a row, with room between them for what a piece takes beside its blocks. Part p
 takes p * size .. (p + 1) * size - 1 of it, so that it works on the end of one request, some whole ones, and the
-beginning of another, and a long request spans many parts. A request of
-which a part has only a piece leaves a partial answer in a slot: each part has two, 2 p for the piece that begins inside
-a request, 2 p + 1 for the one that begins a request and ends inside. split_merge.py merges them.
+beginning of another, and a long request spans many parts. A request of which a part has only
+a piece leaves a partial answer in a slot: each part has two, 2 p for the piece that begins inside a request, 2 p + 1
+for the one that begins a request and ends inside. split_merge.py merges them.
 """
 
 import math

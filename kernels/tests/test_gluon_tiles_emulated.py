@@ -2,6 +2,7 @@
 against the float64 reference."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -102,6 +103,34 @@ def test_scales_that_grow(kernel):
     check(kernel, with_scales_that_grow())
 
 
+@pytest.mark.parametrize("scales", [[2.0**-12, 1.0, 2.0**-20, 2.0**-6], [-(2.0**-3)] * 4], ids=str)
+def test_scales_of_tiles_that_differ(kernel, scales):
+    """The largest may be any tile's, and all may be negative."""
+    case = make(16, [600, 30], needles=False)
+    scales_of(case)[:] = torch.tensor(scales)
+    for queries in case.arrays[:2]:
+        queries.zero_()
+    check(kernel, case)
+
+
+def with_weights_as_large_as_can_be():
+    """Scores up to which no reference moves, from the second step on, times scales up to which no power does."""
+    case = make(16, [600, 30], needles=False, dtype=torch.bfloat16)
+    q_latent, q_rope, cache_AGK, _, _ = case.arrays
+    q_latent[:], q_rope[:] = 0, 0
+    q_rope[..., 0] = 1.0
+    rope = cache_AGK[..., LATENT + 16 :].view(torch.bfloat16)
+    rope[..., 0] = 0
+    page, offset = (x[128:] for x in by_token(case, 0))
+    rope[page, offset, 0] = 7.75 * math.log(2) / case.options["scale"]
+    scales_of(case)[:] = 1.99
+    return case
+
+
+def test_weights_as_large_as_can_be(kernel):
+    check(kernel, with_weights_as_large_as_can_be())
+
+
 def test_a_scale_that_falls_is_not_lost(kernel):
     """What all queries look at has scales of 2^-12 of the others', before it and behind it."""
     for place in (0, 70, 199):
@@ -119,7 +148,7 @@ def test_a_scale_that_falls_is_not_lost(kernel):
         check(kernel, case)
 
 
-@pytest.mark.parametrize("what", ["code", "scale", "infinite scale", "rope"])
+@pytest.mark.parametrize("what", ["code", "scale", "infinite scale", "scale of an infinite value", "rope"])
 @pytest.mark.parametrize("token", [1, 300])
 def test_what_is_no_number_stays_in_its_request(kernel, what, token):
     """In a request that is cut: its answers are no numbers, those of others what they are without it."""
@@ -130,6 +159,7 @@ def test_what_is_no_number_stays_in_its_request(kernel, what, token):
         "code": (77, torch.tensor([0x7F], dtype=torch.uint8)),
         "scale": (LATENT + 8, torch.tensor([torch.nan])),
         "infinite scale": (LATENT + 8, torch.tensor([torch.inf])),
+        "scale of an infinite value": (LATENT + 8, torch.tensor([2.0**120])),
         "rope": (LATENT + 16, torch.tensor([torch.nan], dtype=torch.bfloat16)),
     }[what]
     wanted, wanted_lse = kernel.run(*case.arrays, **case.options)
@@ -178,6 +208,8 @@ def both(kernel):
     check(kernel, make(3, [700, 30], query_lens=2, page_size=48))
     check(kernel, make(8, [700, 30], query_lens=[4, 3]))
     check(kernel, make(20, [700, 30], page_size=48))
+    check(kernel, make(16, [100] * 11))  # parts of several pieces
+    check(kernel, make(16, [2000, 30], page_size=48))  # buffers are filled again, row by row
     check(kernel, with_large_scores(cache_dtype=torch.uint8))
     check(kernel, with_scales_that_grow())
     check(kernel, with_scales_that_grow(20))

@@ -8,6 +8,7 @@ by vLLM's own client, each once a round, so that what slows one round slows all 
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import signal
 import sys
@@ -124,7 +125,7 @@ class _Measuring:
             facts = machine() | {"vllm": version, "layers": self.experiment.model["num_hidden_layers"]}
             ready = self.wait(list(started))
             for workload in workloads:
-                for rate in workload.rates:
+                for rate in dict.fromkeys((*workload.rates, math.inf)):  # short answers overlap more when all at once
                     self.ask_all(ready, warm(workload), rate, seed=next(self.seeds))
             self.say(f"{', '.join(str(server.engine) for server in ready)}: started and warm")
             for workload in workloads:
@@ -189,9 +190,9 @@ class _Measuring:
 
 
 def warm(workload: Workload) -> Workload:
-    """What is asked for first, at every rate, for whatever compiles then, such as vLLM's kernel for mixtures of experts
-    in a second or so: in measured rounds whoever is asked first would pay for all. Guesses need whole answers: there
-    are none before an answer begins to repeat itself."""
+    """What is asked for first, at every rate and at once, for whatever compiles then, such as vLLM's kernel for
+    mixtures of experts in a second or so: in measured rounds whoever is asked first would pay for all. Guesses need
+    whole answers: there are none before an answer begins to repeat itself."""
     return workload if workload.speculative else dataclasses.replace(workload, output_tokens=WARM_TOKENS)
 
 
