@@ -19,6 +19,7 @@ HOPPER_SPILLED = {
     ("_decode_few_kernel", "3.7"): 48,
     ("_decode_few_kernel", "3.9"): 128,
     ("_decode_codes_kernel", "3.9"): 384,
+    ("_decode_tiles_kernel", "3.9"): 384,
 }
 GATHER_SPILLED = 8  # a word that waits until rows are read one by one, with fixed splits or few query rows
 SPLITS_SPILLED = 24  # what a request begins with, where registers are few so that a program of the merge fits beside
