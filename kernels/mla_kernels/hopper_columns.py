@@ -1,4 +1,4 @@
-"""Queries as columns: how kernels whose products are transposed write answers."""
+"""Queries as columns: how kernels whose products are transposed sum up weights and write answers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +29,17 @@ def tile_layout(F):
         block_bases=[],
         shape=[128, F],
     )
+
+
+@gluon.jit
+def thread_sums(x, KEYS: gl.constexpr, F: gl.constexpr):
+    """Sums of columns as far as a thread adds alone: its two rows."""
+    return gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1)
+
+
+@gluon.jit
+def rescale_sums(total, rescale):
+    return total * gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))[None, None, :]
 
 
 @gluon.jit

@@ -39,7 +39,7 @@ from mla_kernels.hopper_codes import (
     words_of_tile,
 )
 from mla_kernels.hopper_codes_load import BOX
-from mla_kernels.hopper_columns import store_tile
+from mla_kernels.hopper_columns import rescale_sums, store_tile, thread_sums
 from mla_kernels.hopper_decode import LAZY, NOTHING, finish_piece, write_plan
 from mla_kernels.hopper_load import HALF, TILE, load_q
 from mla_kernels.hopper_shrink import shrink_q
@@ -187,17 +187,6 @@ def _size(x):
 
 
 @gluon.jit
-def _thread_sums(x, KEYS: gl.constexpr, F: gl.constexpr):
-    """Sums of columns as far as a thread adds alone: its two rows."""
-    return gl.sum(x.reshape([KEYS // 16, 2, 8, F]), 1)
-
-
-@gluon.jit
-def _rescale_sums(total, rescale):
-    return total * gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))[None, None, :]
-
-
-@gluon.jit
 def _attend_step(
     b, begin, top, shrink, total, step, seen, row0, scale_log2, power, q_s, q_rope_s, smem,
     N: gl.constexpr, F: gl.constexpr, R: gl.constexpr, HALVES: gl.constexpr, STEP: gl.constexpr,
@@ -243,10 +232,10 @@ def _attend_step(
         new_shrink = gl.minimum(shrink, gl.exp2(ORDERS - 1 - gl.floor(gl.log2(most))))
         new_shrink = gl.where(most < INFINITE, new_shrink, float("nan"))
         factor = rescale * (new_shrink / shrink)
-        total = _rescale_sums(total, rescale)
+        total = rescale_sums(total, rescale)
         top = new_top
         shrink = new_shrink
-    total += _thread_sums(weight, KEYS, F)
+    total += thread_sums(weight, KEYS, F)
     # Who adds values up may be waiting already: all is computed when the buffers are free.
     weight0 = (weight * (scale0 * shrink)[:, None]).to(gl.float16)
     weight1 = (weight * (scale1 * shrink)[:, None]).to(gl.float16)
@@ -309,7 +298,7 @@ def attend(
             seen = (seq_len - tokens, known, gl.minimum(seq_len - tokens + 1, known))
             top = gl.full([F], NOTHING, gl.float32, query_lay)
             shrink = 2.0**100  # more than any scale asks for
-            total = _thread_sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F)
+            total = thread_sums(gl.zeros([STEP * BLOCK, F], gl.float32, s_lay), STEP * BLOCK, F)
             for b in range(begin, end, STEP):
                 top, shrink, total = _attend_step(
                     b, begin, top, shrink, total, step, seen, row0, scale_log2, power, q_s, q_rope_s, smem,

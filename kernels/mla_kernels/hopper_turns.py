@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mla_kernels.hopper import barrier, ring, uniform
 from mla_kernels.hopper_codes import FIRST_PAIRS, LAST_PAIRS, add_columns, scores, words_of_tile
-from mla_kernels.hopper_columns import store_tile
+from mla_kernels.hopper_columns import rescale_sums, store_tile, thread_sums
 from mla_kernels.hopper_decode import LAZY, scale_of, write_lse, write_plan
 from mla_kernels.hopper_load import HALF, load_q
 from mla_kernels.hopper_shared import QUERIES
@@ -39,21 +39,10 @@ QUERY = gl.constexpr(gl.SliceLayout(0, TILE_LAYOUT))
 
 
 @gluon.jit
-def _thread_sums(x):
-    """Sums of a [64, 64] tile's columns as far as a thread adds alone: its two rows."""
-    return gl.sum(x.reshape([4, 2, 8, QUERIES]), 1)
-
-
-@gluon.jit
 def _largest_of_warps(x):
     """The largest value of a [64, 64] tile that each of four warps holds: first what a thread has, then across."""
     of_threads = gl.max(gl.max(gl.max(x.reshape([4, 2, 8, 8, 4, 2]), 5), 3), 1)
     return gl.max(gl.max(of_threads, 2), 1)
-
-
-@gluon.jit
-def _rescale_sums(total, rescale):
-    return total * gl.convert_layout(rescale, gl.SliceLayout(0, gl.SliceLayout(1, total.type.layout)))[None, None, :]
 
 
 @gluon.jit
@@ -78,7 +67,7 @@ def _weigh(
         s = gl.where(position[:, None] <= sees[None, :], s, float("-inf"))
     s = gl.fma(s, scale_log2, smem.minus_top.load(QUERY)[None, :])
     weight = gl.exp2(s)
-    sums = _thread_sums(weight)
+    sums = thread_sums(weight, BLOCK, QUERIES)
     smem.above.index(turn).store(_largest_of_warps(s))
     smem.weight.index(turn).store(weight.to(gl.float16))
     fence_async_shared()
@@ -88,8 +77,8 @@ def _weigh(
         smem.factor.index(turn).store(gl.exp2(-gl.maximum(by, 0.0)))  # in the first block there is nothing to multiply
         smem.minus_top.store(smem.minus_top.load(QUERY) - by)
         weight = gl.exp2(s - by[None, :])
-        sums = _thread_sums(weight)
-        total = _rescale_sums(total, smem.factor.index(turn).load(QUERY))
+        sums = thread_sums(weight, BLOCK, QUERIES)
+        total = rescale_sums(total, smem.factor.index(turn).load(QUERY))
         smem.weight.index(turn).store(weight.to(gl.float16))
         fence_async_shared()
     mbarrier.arrive(smem.weight_full.index(turn), count=1)
@@ -122,7 +111,7 @@ def _add_block(b, block, acc, total, seq_len, smem, turn: gl.constexpr, OWN: gl.
         acc2 = acc2 * rescale[None, :]
         acc3 = acc3 * rescale[None, :]
         if not OWN:
-            total = _rescale_sums(total, rescale)
+            total = rescale_sums(total, rescale)
     weight = smem.weight.index(whose)
     acc0 = add_columns(acc0, words, weight, FIRST_PAIRS, 4, QUERIES)
     acc1 = add_columns(acc1, words, weight, LAST_PAIRS, 4, QUERIES)
@@ -184,7 +173,7 @@ def take_turns(
             mbarrier.wait(smem.q_full, pieces & 1)
             factor = scale_log2 * cache_scale * gl.max(smem.power.load(one), 0)
             seen = (seq_len - tokens, seq_len)
-            total = _thread_sums(gl.zeros([BLOCK, QUERIES], gl.float32, TILE_LAYOUT))
+            total = thread_sums(gl.zeros([BLOCK, QUERIES], gl.float32, TILE_LAYOUT), BLOCK, QUERIES)
             nothing = gl.zeros([HALF // 4, QUERIES], gl.float32, TILE_LAYOUT)
             acc = nothing, nothing, nothing, nothing
             before = block - begin

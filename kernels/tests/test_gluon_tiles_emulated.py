@@ -240,7 +240,7 @@ MISTAKES = {
     "outputs are not rescaled when scales grow": ("rescale * (new_shrink / shrink)", "rescale"),
     "the scales' power is left out of outputs": ("sum_of_query, top, 1.0 / shrink", "sum_of_query, top, 1.0"),
     "outputs are not rescaled": (RESCALED, RESCALED.replace("> 0", "> 1")),
-    "sums are not rescaled": ("total = _rescale_sums(total, rescale)\n        top", "top"),
+    "sums are not rescaled": ("total = rescale_sums(total, rescale)\n        top", "top"),
     "a tile has another's weights": ("smem.weight[2 * half + 1]", "smem.weight[2 * half]"),
     "both halves have the first one's weights": ("smem.weight[2 * half].", "smem.weight[0]."),
     "both add the first half": ("values = smem.k.index(2 * stage + half)", "values = smem.k.index(2 * stage)"),

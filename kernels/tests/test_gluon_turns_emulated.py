@@ -113,10 +113,10 @@ MISTAKES = {
     ),
     "references stay as they are": ("[4], [0])), 0) > LAZY", "[4], [0])), 0) > 1e9"),
     "sums are not rescaled for an own block": (
-        "total = _rescale_sums(total, smem.factor",
-        "_rescale_sums(total, smem.factor",
+        "total = rescale_sums(total, smem.factor",
+        "rescale_sums(total, smem.factor",
     ),
-    "sums are not rescaled for the other's": ("total = _rescale_sums(total, rescale)", "pass"),
+    "sums are not rescaled for the other's": ("total = rescale_sums(total, rescale)", "pass"),
     "outputs are not rescaled": (
         "rescale = smem.factor.index(whose).load(QUERY)",
         "rescale = smem.factor.index(whose).load(QUERY) * 0 + 1",
