@@ -67,6 +67,7 @@ def test_real_servers(tmp_path, monkeypatch, capsys):
         ("ngram", "inf", "CUSTOM:torch_decode"),
     ]
     assert all(row[name] > 0 for row in rows for name in serve_rows.MEASURES)
+    assert all(0 < row["prefill_ms"] < row["queue_ms"] + row["prefill_ms"] < 60_000 for row in rows)
     assert rows[0]["tokens_a_check"] is None
     assert rows[2]["tokens_a_check"] > 2, "answers of made up weights repeat themselves, and guesses are taken"
     assert list(refusals) == ["UNKNOWN"]
@@ -87,12 +88,22 @@ class StandIn:
 
     def __init__(self, engine, model, arguments, *, port, log):
         self.engine, self.arguments, self.url, self.running = engine, arguments, f"http://{port}", True
+        self.requests = 0
 
     def is_ready(self):
         end = self.ends.get(self.engine.backend)
         if end == "ended":
             raise self.error("its server ended with status 1")
         return end is None
+
+    def totals(self):
+        """Each asking for them comes behind one more request, which was in the queue for 1 ms and prefilled in 2."""
+        self.requests += 1
+        return {
+            f"{name}_{end}": self.requests * value
+            for name, seconds in zip(vllm_server.TIMES.values(), (0.001, 0.002), strict=True)
+            for end, value in (("sum", seconds), ("count", 1))
+        }
 
     def error(self, what):
         return BenchmarkError(f"{self.engine}: {what}. The end of its log:\n  | ...")

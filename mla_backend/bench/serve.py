@@ -23,9 +23,9 @@ from mla_backend.bench.results import write_csv
 from mla_backend.bench.serve_cases import Experiment, Workload, need_room
 from mla_backend.bench.serve_rows import COLUMNS, OURS, line, values_of
 from mla_backend.bench.vllm_client import Client, arguments
-from mla_backend.bench.vllm_server import Server, free_ports, options, stop, write_model
+from mla_backend.bench.vllm_server import Server, free_ports, means, options, stop, write_model
 
-START_SECONDS, RUN_SECONDS = 300, 120
+START_SECONDS, RUN_SECONDS = 480, 120  # the former with --compile, and several servers at the same time
 WARM_TOKENS = 8
 
 
@@ -123,6 +123,7 @@ class _Measuring:
             self.say(f"{len(started)} servers{' with n-gram speculation' * speculative} are starting")
             version = self.client.start()  # while they start
             facts = machine() | {"vllm": version, "layers": self.experiment.model["num_hidden_layers"]}
+            facts |= {"compile": self.experiment.compile}
             ready = self.wait(list(started))
             for workload in workloads:
                 for rate in dict.fromkeys((*workload.rates, math.inf)):  # short answers overlap more when all at once
@@ -166,8 +167,10 @@ class _Measuring:
         for server in servers[::-1] if back else list(servers):
             given = arguments(workload, rate=rate, seed=seed, url=server.url, model=self.model)
             try:
+                before = server.totals()
                 found = self.client.ask(given, seconds=RUN_SECONDS + workload.prompts / rate)
                 need_all(found, workload)
+                found |= means(before, server.totals())
             except BenchmarkError as error:
                 self.lose(server, servers, server.error(f"{workload.name}, {rate:g} requests/s: {error}"))
             else:

@@ -9,9 +9,9 @@ MORE_IS_BETTER = ("output_tokens_per_s",)
 COLUMNS = (
     *("date", "gpu", "torch", "triton", "vllm", "layers", "workload", "rate", "prompts", "rounds", "backend"),
     *MEASURES,
-    "tokens_a_check",
+    *("tokens_a_check", "queue_ms", "prefill_ms", "compile"),
 )
-# Keys of what `vllm bench serve` answers. Over the requests of a run, TTFT and TPOT are medians: a run has few, and one
+# Keys of what `vllm bench serve` answers, and of what the server says of its engine. Over the requests of a run, TTFT and TPOT are medians: a run has few, and one
 # of them may meet another's long prompt.
 ANSWERED = {
     "output_tokens_per_s": "output_throughput",
@@ -19,6 +19,8 @@ ANSWERED = {
     "tpot_ms": "median_tpot_ms",
     "tpot_p99_ms": "p99_tpot_ms",
     "tokens_a_check": "spec_decode_acceptance_length",
+    "queue_ms": "queue_ms",
+    "prefill_ms": "prefill_ms",
 }
 
 
@@ -51,5 +53,6 @@ def line(row: dict, throughputs: list[float]) -> str:
     return (
         f"{row['workload']} at {row['rate']}/s, {row['backend']}: "
         f"{', '.join(f'{tokens:.0f}' for tokens in throughputs)} tokens/s, "
-        f"TTFT {row['ttft_ms']:.1f} ms, TPOT {row['tpot_ms']:.2f} ms"
+        f"TTFT {row['ttft_ms']:.1f} ms ({row['queue_ms']:.1f} queued, then {row['prefill_ms']:.1f} in the engine), "
+        f"TPOT {row['tpot_ms']:.2f} ms"
     )

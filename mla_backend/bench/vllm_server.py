@@ -28,6 +28,8 @@ SPECULATION = {
     "prompt_lookup_min": 2,
     "prompt_lookup_max": 4,
 }
+# Of `/metrics`: seconds of all requests so far in the engine's queue, and from there to the first token.
+TIMES = {"queue_ms": "vllm:request_queue_time_seconds", "prefill_ms": "vllm:request_prefill_time_seconds"}
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -106,6 +108,17 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
 
+    def totals(self) -> dict[str, float]:
+        """Sums of TIMES and counts of their requests since the start, by the names that `/metrics` has for them."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        with _OPENER.open(f"{self.url}/metrics", timeout=30) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        wanted = {f"{name}_{end}" for name in TIMES.values() for end in ("sum", "count")}
+        return {
+            sample.name: sample.value for family in families for sample in family.samples if sample.name in wanted
+        }
+
     def error(self, what: str) -> BenchmarkError:
         """With the end of its log."""
         text = self.log.read_text(errors="replace")
@@ -128,6 +141,15 @@ class Server:
             os.killpg(self.process.pid, 0)
             return True
         return False
+
+
+def means(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of TIMES between two `totals`, means over the requests that ended between them."""
+    return {
+        name: 1000 * (after[f"{key}_sum"] - before.get(f"{key}_sum", 0)) / requests
+        for name, key in TIMES.items()
+        if (requests := after.get(f"{key}_count", 0) - before.get(f"{key}_count", 0))
+    }
 
 
 def cause(log: str) -> str:
