@@ -11,8 +11,8 @@ COLUMNS = (
     *MEASURES,
     *("tokens_a_check", "queue_ms", "prefill_ms", "compile"),
 )
-# Keys of what `vllm bench serve` answers, and of what the server says of its engine. Over the requests of a run, TTFT and TPOT are medians: a run has few, and one
-# of them may meet another's long prompt.
+# Keys of what `vllm bench serve` answers, and of what the server says of its engine. Over the requests of a run, TTFT
+# and TPOT are medians: a run has few, and one of them may meet another's long prompt.
 ANSWERED = {
     "output_tokens_per_s": "output_throughput",
     "ttft_ms": "median_ttft_ms",

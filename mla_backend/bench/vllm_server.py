@@ -115,9 +115,7 @@ class Server:
         with _OPENER.open(f"{self.url}/metrics", timeout=30) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         wanted = {f"{name}_{end}" for name in TIMES.values() for end in ("sum", "count")}
-        return {
-            sample.name: sample.value for family in families for sample in family.samples if sample.name in wanted
-        }
+        return {sample.name: sample.value for family in families for sample in family.samples if sample.name in wanted}
 
     def error(self, what: str) -> BenchmarkError:
         """With the end of its log."""
