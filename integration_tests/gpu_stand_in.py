@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 import mla_kernels
 import mla_kernels.device
-from mla_kernels import Device, launching
+from mla_kernels import Device, launching, repeats
 
 DEVICES = {
     "H200": Device("cuda", 90, "H200", 132, False, 141 << 30),
@@ -71,6 +71,7 @@ def start_anew() -> None:
     """Nothing was ever compiled."""
     COMPILED.clear()
     launching.forget()
+    repeats.forget()
     for function in _FUNCTIONS:
         function.device_caches.clear()
 

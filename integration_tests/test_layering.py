@@ -199,6 +199,7 @@ LEAVES = {
     "hopper": ("device",),
     "schedule": ("hopper",),
     "launching": ("device",),
+    "repeats": ("launching",),
     "prefill_pieces": ("launching", "primitives"),
     "split_merge": ("launching", "primitives"),
     "splits": ("launching", "primitives"),

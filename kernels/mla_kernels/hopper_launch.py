@@ -9,7 +9,7 @@ from mla_kernels.cache_layout import packed_row
 from mla_kernels.device import Device, device_of
 from mla_kernels.hopper_codes_load import BOX, SCALES
 from mla_kernels.hopper_load import LATENT, TILE
-from mla_kernels.primitives import E4M3, LOG2_E, cdiv, decode_outputs, require_adjacent
+from mla_kernels.primitives import E4M3, LOG2_E, cdiv, require_adjacent
 from mla_kernels.schedule import BLOCK
 from mla_kernels.split_merge import plan_size
 from mla_kernels.tma import describe
@@ -106,7 +106,6 @@ class Launch(NamedTuple):
     bring their scales, as int8 or as words.   gather: no TMA box fits its pages.   scales: a TMA descriptor of scales.
     """
 
-    outputs: tuple
     empty: bool
     device: Device
     codes: bool
@@ -127,9 +126,6 @@ def prepare_launch(
     Raises ValueError for what no kernel can read: rows that are not adjacent, or not at multiples of 16 bytes.
     """
     ragged, requests = query_start_B1 is not None, seq_lens_B.shape[0]
-    outputs = out_TNL, lse_TN = decode_outputs(
-        q_latent_TNL, requests, query_len, ragged=ragged, out_TNL=out_TNL, lse_TN=lse_TN
-    )
     packed = packed_row(cache_AGK, q_latent_TNL.shape[-1] + q_rope_TNR.shape[-1]) is not None
     codes = packed or cache_AGK.dtype == E4M3
     words = packed and in_words
@@ -157,7 +153,6 @@ def prepare_launch(
     empty = requests == 0 or q_latent_TNL.shape[0] == 0
     memory = cache_AGK.view(torch.int32 if words else torch.int8) if codes else cache_AGK
     return Launch(
-        outputs=outputs,
         empty=empty,
         device=device_of(cache_AGK),
         codes=codes and not packed,

@@ -9,7 +9,9 @@ Hooks for launches are called as ever. What Triton asks of its settings at each 
 before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,25 @@ class _Kind(NamedTuple):
     recent: dict[tuple, _Code]
 
 
+class Launch(NamedTuple):
+    """A launch as it was made.
+
+    args: with what the code was compiled for, and for tensors their addresses.
+    tensors, descriptors: which of them are one's address, or a descriptor of tma.py.
+    """
+
+    code: _Code
+    grid: tuple[int, int, int]
+    args: tuple
+    tensors: tuple[int, ...]
+    descriptors: tuple[int, ...]
+
+
+class _Recording(threading.local):
+    launches: list[Launch | None] | None = None
+
+
+_RECORDING = _Recording()
 _MOST_RECENT = 1024
 _KINDS: dict[tuple, _Kind] = {}  # by id of the kernel, whose own hash is slow, and types of the arguments
 
@@ -61,6 +82,16 @@ _KINDS: dict[tuple, _Kind] = {}  # by id of the kernel, whose own hash is slow, 
 def forget() -> None:
     """Let Triton see the next launch of every kernel. For tests that pretend to be on another machine."""
     _KINDS.clear()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch | None]]:
+    """The launches that this thread makes meanwhile, in order; None for each that Triton made itself."""
+    _RECORDING.launches = launches = []
+    try:
+        yield launches
+    finally:
+        _RECORDING.launches = None
 
 
 def _kind_of(kernel: JITFunction, args: tuple) -> _Kind:
@@ -91,6 +122,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     """
     if not (BY_TABLE and isinstance(kernel, JITFunction)):  # the interpreter compiles nothing
         kernel[grid](*args, **constants)
+        _record(None)
         return
     types = (id(kernel), *map(type, args))
     kind = _KINDS.get(types)
@@ -109,14 +141,24 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     if code is None:
         code = _find(kind, key, grid, args, constants)
         if code is None:  # Triton has launched it
+            _record(None)
             return
         if len(kind.recent) >= _MOST_RECENT:
             kind.recent.clear()
         kind.recent[recent] = code
-    _start(code, (*grid, 1, 1)[:3], (*passed, *code.constants))
+    made = Launch(
+        code, (*grid, 1, 1)[:3], (*passed, *code.constants), tuple(i for i, _ in kind.tensors), kind.descriptors
+    )
+    _record(made)
+    start(code, made.grid, made.args)
 
 
-def _start(code: _Code, grid: tuple[int, int, int], args: tuple) -> None:
+def _record(launch: Launch | None) -> None:
+    if _RECORDING.launches is not None:
+        _RECORDING.launches.append(launch)
+
+
+def start(code: _Code, grid: tuple[int, int, int], args: Sequence) -> None:
     """As Triton does when it has found what to launch, but what hooks would hear is put together if one listens."""
     compiled, hooks = code.compiled, knobs.runtime
     stream = driver.active.get_current_stream(code.device)

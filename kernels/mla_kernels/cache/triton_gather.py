@@ -23,6 +23,7 @@ from mla_kernels.primitives import (
     refusals,
     require_adjacent,
 )
+from mla_kernels.repeats import repeat
 
 # Shape suffixes: S output rows, B requests, A pages in the pool, G tokens a page, K values a row, M pages a request.
 
@@ -72,10 +73,15 @@ def _gather_kernel(
 
 def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_len, cache_scale=None):
     """Same contract as reference.cache_gather. max_key_len: most rows of any request."""
+    repeat(_launch_gather, (max_key_len,), (cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, cache_scale))
+    return out_SK
+
+
+def _launch_gather(max_key_len, cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, cache_scale) -> None:
     require_adjacent(cache=cache_AGK, out=out_SK, block_table=block_table_BM)
     B = starts_B.shape[0]
     if max_key_len == 0 or B == 0:
-        return out_SK
+        return
     K = out_SK.shape[1]
     row = packed_row(cache_AGK, K)
     values, rope_at, rope = (row.latent, row.rope_at, row.rope) if row else (K, 0, 0)
@@ -86,4 +92,3 @@ def run(cache_AGK, block_table_BM, starts_B, key_start_B1, out_SK, *, max_key_le
         K=values, PAGE=cache_AGK.shape[1], BLOCK_S=_TOKENS, BLOCK_K=_COLUMNS,
         ROPE_AT=rope_at, R=rope, R_PAD=next_power_of_2(max(rope, 1)), num_warps=4,
     )  # fmt: skip
-    return out_SK

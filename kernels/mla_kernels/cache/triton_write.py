@@ -14,6 +14,7 @@ from mla_kernels.cache_layout import LEAST_SCALE, TILE, packed_row
 from mla_kernels.device import Device
 from mla_kernels.launching import launch
 from mla_kernels.primitives import as_codes, cdiv, load_scale, next_power_of_2, refusals, require_adjacent, to_cache
+from mla_kernels.repeats import repeat
 
 # Shape suffixes: T new tokens, A pages in the pool, G tokens a page, L latent, R rope, K = L + R.
 
@@ -85,6 +86,10 @@ def _bfloat16_bits(x):
 
 def run(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, *, cache_scale=None):
     """Same contract as reference.cache_write. Rows of all tensors may be strided; `slots_T` is int64 or int32."""
+    repeat(_launch_write, (), (kv_latent_TL, k_rope_TR, cache_AGK, slots_T, cache_scale))
+
+
+def _launch_write(kv_latent_TL, k_rope_TR, cache_AGK, slots_T, cache_scale) -> None:
     require_adjacent(kv_latent=kv_latent_TL, k_rope=k_rope_TR, cache=cache_AGK)
     pages, page_size, _ = cache_AGK.shape
     tokens, L, R = slots_T.shape[0], kv_latent_TL.shape[-1], k_rope_TR.shape[-1]

@@ -37,7 +37,8 @@ from mla_kernels.hopper_shared import allocate
 from mla_kernels.hopper_tiles_launch import decode_tiles
 from mla_kernels.hopper_unpack import unpack_keys
 from mla_kernels.launching import launch
-from mla_kernels.primitives import E4M3, reaching_all, scratch
+from mla_kernels.primitives import E4M3, decode_outputs, reaching_all, scratch
+from mla_kernels.repeats import repeat
 from mla_kernels.schedule import BLOCK, share, share_splits
 from mla_kernels.split_merge import merge_form, merge_parts
 from mla_kernels.splits import merge_columns, merge_splits, prepare, reserved_rows, shapes
@@ -217,6 +218,21 @@ def run(
     split_tokens=None,
 ):
     """Same contract as reference.decode, but rows of `out_TNL` that no request owns keep what they held."""
+    outputs = decode_outputs(
+        q_latent_TNL, len(seq_lens_B), query_len, ragged=query_start_B1 is not None, out_TNL=out_TNL, lse_TN=lse_TN
+    )
+    tensors = q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, query_start_B1, *outputs, cache_scale
+    repeat(_launch_all, (scale, query_len, split_tokens), (*tensors, *(workspace or ())))
+    return outputs
+
+
+def _launch_all(
+    scale, query_len, split_tokens,
+    q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, query_start_B1, out_TNL, lse_TN, cache_scale,
+    *workspace,
+) -> None:  # fmt: skip
+    """workspace: none for new tensors."""
+    workspace = workspace or None
     heads = q_latent_TNL.shape[1]
     rows = query_len * heads
     prepared = prepare_launch(
@@ -224,9 +240,8 @@ def run(
         scale=scale, query_len=query_len, query_start_B1=query_start_B1, out_TNL=out_TNL, lse_TN=lse_TN,
         in_words=not _transposed(rows, heads, split_tokens),
     )  # fmt: skip
-    out_TNL, lse_TN = prepared.outputs
     if prepared.empty:
-        return out_TNL, lse_TN
+        return
     device, requests = prepared.device, len(seq_lens_B)
     height = _height(rows, heads, split_tokens)
     parts = parts_of(rows, height, device)
@@ -245,7 +260,7 @@ def run(
             out_TNL, lse_TN, part, part_lse, plan, query_start_B1,
             query_len=query_len, rows=rows, requests=requests, parts=parts, num_sms=device.num_sms, overlap=True,
         )  # fmt: skip
-        return out_TNL, lse_TN
+        return
 
     assert not prepared.codes, "`unsupported` refuses fixed splits of fp8 caches"
     assert not prepared.packed, "and of tile-scaled ones"
@@ -262,4 +277,3 @@ def run(
             out_TNL, lse_TN, part, part_lse, seq_lens_B, query_start_B1,
             query_len=query_len, split_tokens=split_tokens, turns=turns, turn=turn, device=device, overlap=True,
         )  # fmt: skip
-    return out_TNL, lse_TN

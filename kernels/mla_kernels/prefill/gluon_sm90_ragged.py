@@ -25,6 +25,7 @@ from mla_kernels.hopper_prefill_load import COLUMNS, FIELDS, ROWS, TILE_ROWS, Ba
 from mla_kernels.launching import launch
 from mla_kernels.prefill_pieces import LEAST_KEYS, merge_pieces, pieces_of, shapes
 from mla_kernels.primitives import LOG2_E, prefill_outputs, require_adjacent, scratch
+from mla_kernels.repeats import repeat
 from mla_kernels.tma import describe
 
 # Shape suffixes: T query tokens, S keys, B requests, N heads, P nope, R rope, Q = P + R, V value. Buffers in shared
@@ -287,6 +288,21 @@ def run(
         if not accumulate:
             lse_TN.fill_(-torch.inf)
         return out_TNV.masked_fill_((lse_TN == -torch.inf)[..., None], 0.0), lse_TN
+    own_keys = key_start_B1 is query_start_B1
+    repeat(
+        _launch_all, (scale, causal, accumulate, pieces),
+        (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, None if own_keys else key_start_B1, out_TNV, lse_TN,
+         counter),
+    )  # fmt: skip
+    return out_TNV, lse_TN
+
+
+def _launch_all(
+    scale, causal, accumulate, pieces,
+    q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV, query_start_B1, key_start_B1, out_TNV, lse_TN, counter,
+) -> None:  # fmt: skip
+    """key_start_B1: None where it is query_start_B1."""
+    tokens, requests = q_TNQ.shape[0], query_start_B1.shape[0] - 1
     if k_rope_SNR.shape[-1] == 0:
         k_rope_SNR = k_nope_SNP
     plan = _plan(
@@ -302,11 +318,11 @@ def run(
         require_adjacent(q=q_TNQ, k_nope=k_nope_SNP, k_rope=k_rope_SNR, v=v_SNV, out=out_TNV)
     q, nope, rope, v = q_TNQ.data_ptr(), k_nope_SNP.data_ptr(), k_rope_SNR.data_ptr(), v_SNV.data_ptr()
     if not plan.fit_tma or (q | nope | rope | v) % 16:
-        return run(
-            *map(_for_tma, (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV)), query_start_B1, key_start_B1,
-            max_query_len=max_query_len, scale=scale, causal=causal, accumulate=accumulate,
-            out_TNV=out_TNV, lse_TN=lse_TN, pieces=pieces, counter=counter,
+        _launch_all(
+            scale, causal, accumulate, pieces, *map(_for_tma, (q_TNQ, k_nope_SNP, k_rope_SNR, v_SNV)),
+            query_start_B1, key_start_B1, out_TNV, lse_TN, counter,
         )  # fmt: skip
+        return
     if plan.answers:
         claimed = query_start_B1  # nothing is claimed
         into = scratch(None, plan.answers, q_TNQ.device)
@@ -317,12 +333,11 @@ def run(
     launch(
         _prefill_kernel, (plan.programs,),
         describe(q, *plan.q), describe(nope, *plan.nope), describe(rope, *plan.rope), describe(v, *plan.v),
-        *plan.strides, query_start_B1, key_start_B1, requests, q_TNQ.shape[1], claimed,
-        plan.group_keys, plan.pieces, tokens, scale * LOG2_E.value,
+        *plan.strides, query_start_B1, query_start_B1 if key_start_B1 is None else key_start_B1,
+        requests, q_TNQ.shape[1], claimed, plan.group_keys, plan.pieces, tokens, scale * LOG2_E.value,
         into[0], *into[0].stride()[:2], into[1], *into[1].stride(), **plan.constants,
     )  # fmt: skip
     if plan.answers:
         merge_pieces(
             out_TNV, lse_TN, *into, query_start_B1, pieces=plan.pieces, accumulate=accumulate, overlap=True
         )  # fmt: skip
-    return out_TNV, lse_TN
