@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import quick_packing
 import torch
 
 from mla_kernels.device import device_of, interpreting
@@ -16,6 +17,7 @@ if interpreting():
     from quick_interpreter import make_quick
 
     make_quick()
+quick_packing.make_quick()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
+from gluon_values import BFLOAT16, Int, constexpr, elementwise, floats, inline_asm, tensor_of
 
 PATIENCE = 20  # seconds that a role waits at a barrier before it is called a deadlock
 
@@ -36,54 +37,6 @@ class Watch:
 
 
 WATCH = Watch()
-
-
-BFLOAT16 = np.uint16  # of which kernels have none
-
-
-def _floats(x):
-    """float32 of float16, or of bfloat16's bits."""
-    x = np.asarray(x)
-    return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == BFLOAT16 else x.astype(np.float32)
-
-
-class Int(int):
-    """A scalar: an int with the methods of a Gluon one."""
-
-    def to(self, dtype):
-        return self
-
-
-class Tensor(np.ndarray):
-    type = SimpleNamespace(layout=None)
-
-    def to(self, dtype, bitcast=False):
-        if dtype == BFLOAT16:
-            rounded = torch.from_numpy(np.array(self, np.float32)).bfloat16()
-            return _tensor(rounded.view(torch.uint16).numpy())
-        return self.view(dtype) if bitcast else self.astype(dtype)
-
-    def permute(self, order):
-        return self.transpose(order)
-
-
-def _tensor(x):
-    x = np.asarray(x)
-    if x.ndim == 0 and x.dtype.kind in "iub":
-        return Int(x)
-    return x.view(Tensor)
-
-
-class _ConstInt(int):
-    value = property(int)
-
-
-class _ConstFloat(float):
-    value = property(float)
-
-
-def constexpr(x):
-    return _ConstInt(x) if isinstance(x, int) else _ConstFloat(x) if isinstance(x, float) else SimpleNamespace(value=x)
 
 
 class Pointer:
@@ -135,7 +88,7 @@ class Memory:
 
     def load(self, layout):
         WATCH.read(self)
-        return _tensor(self.array.copy())
+        return tensor_of(self.array.copy())
 
     def store(self, value):
         assert np.shape(value) == self.array.shape
@@ -211,10 +164,10 @@ class Product:
         assert a.dtype == b.dtype
         assert a.dtype in (np.float16, BFLOAT16)
         # Each element by itself, as a matrix instruction does: BLAS gives one other bits at another place in a matrix.
-        a, b = (np.ascontiguousarray(_floats(x)) for x in (a, b.T))
+        a, b = (np.ascontiguousarray(floats(x)) for x in (a, b.T))
         product = np.einsum("ik,jk->ij", a, b)
         acc = self.acc.result() if isinstance(self.acc, Product) else self.acc
-        return _tensor(product + acc if self.use_acc else product)
+        return tensor_of(product + acc if self.use_acc else product)
 
 
 def warpgroup_mma(a, b, acc, *, use_acc=True, is_async=False):
@@ -260,7 +213,7 @@ def _cp_async(target, pointer, mask=None):
 
 def _load(pointer, mask=None, other=0):
     offset, mask = pointer.reach(mask)
-    return _tensor(np.where(mask, pointer.memory[offset], other).astype(pointer.memory.dtype))
+    return tensor_of(np.where(mask, pointer.memory[offset], other).astype(pointer.memory.dtype))
 
 
 def _store(pointer, value, mask=None):
@@ -288,44 +241,6 @@ def _reduce(tensors, axis, combine):
     return tuple(Int(x) for x in functools.reduce(lambda a, b: combine(*a, *b), rows))
 
 
-def _inline_asm(asm, constraints, args, **_):
-    """Texts are told apart by what is in them alone."""
-    asm = getattr(asm, "value", asm)
-    if "shfl" in asm:
-        return args[0]
-    if "prefetch" in asm:
-        args[0].reach(None)
-        return None
-    words, factor = (torch.from_numpy(np.ascontiguousarray(x)) for x in (args[0], args[-1]))
-    if "max." in asm:
-        halves = (x.view(torch.float16 if "max.f16x2" in asm else torch.bfloat16) for x in (words, factor))
-        return _tensor(
-            torch.maximum(*(x.abs().nan_to_num(0.0, posinf=torch.inf) for x in halves)).view(torch.int32).numpy()
-        )
-    if "e4m3" in asm and words.dtype == torch.int8:
-        return _tensor(words.view(torch.float8_e4m3fn).half().numpy())
-    if "prmt" in asm:
-        values = words.view(torch.float8_e4m3fn).half().view(*words.shape, 4)
-        first = 0 if "0x5140" in asm else 2
-        return tuple(_tensor(values[..., first + i].numpy().copy()) for i in range(2))
-    if "e4m3" in asm:
-        values = words.view(torch.float8_e4m3fn).float()
-        values = values * factor if "mul.f32" in asm else values
-        values = values.bfloat16() if "bf16x2" in asm else values.half()
-        pairs = values.view(*words.shape, 2, 2).view(torch.int32)[..., 0]
-        return tuple(_tensor(pairs[..., i].numpy().copy()) for i in range(2))
-    if "sub.f32" in asm:  # two float16 as bfloat16, and what is missing then
-        values = words.view(torch.float16).float()
-        parts = values.bfloat16(), (values - values.bfloat16().float()).bfloat16()
-        return tuple(_tensor(x.view(torch.int32).numpy()) for x in parts)
-    values = words.view(torch.bfloat16 if "0xffff0000" in asm else torch.float16).float()
-    if constraints == "=f,=f,r":
-        pairs = values.view(*words.shape, 2).numpy()
-        return tuple(_tensor(pairs[..., i].copy()) for i in range(2))
-    values = values * factor if "mul.f32" in asm else values
-    return _tensor(values.half().view(torch.int32).numpy())
-
-
 PROGRAM, GRID = [0, 0], [1, 1]
 
 
@@ -350,32 +265,30 @@ def _warp_specialize(roles, num_warps, num_regs):
         raise failures[0]
 
 
-def _elementwise(function):
-    """Numbers stay numbers: as arrays of float64 they would make everything float64."""
-    return lambda *args: _tensor(function(*(np.asarray(x) if isinstance(x, np.ndarray) else x for x in args)))
-
-
 gl = SimpleNamespace(
     constexpr=constexpr, static_range=range, float16=np.float16, float32=np.float32, int8=np.int8, int32=np.int32,
     int64=np.int64,
     NVMMASharedLayout=lambda **_: "shared", SwizzledSharedLayout=lambda *_: "shared", BlockedLayout=lambda *_: None,
     NVMMADistributedLayout=lambda *_: None, DistributedLinearLayout=lambda **_: None, SliceLayout=lambda *_: None,
-    DotOperandLayout=lambda *_: None, arange=lambda begin, end, layout: _tensor(np.arange(begin, end, dtype=np.int32)),
-    zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape, dtype)),
-    full=lambda shape, value, dtype, layout: _tensor(np.full(shape, value, dtype)),
-    load=_load, store=_store, where=_elementwise(np.where), maximum=_elementwise(np.fmax),
-    minimum=_elementwise(np.fmin), exp2=_elementwise(np.exp2), log2=_elementwise(np.log2),
-    fma=_elementwise(lambda x, y, z: x * y + z), sqrt=_elementwise(np.sqrt), floor=_elementwise(np.floor),
-    sum=lambda x, axis: _tensor(np.sum(np.asarray(x), axis, dtype=x.dtype)),
-    max=lambda x, axis: _tensor(np.fmax.reduce(np.asarray(x), axis)),  # as on the GPU NaN is no maximum
-    min=lambda x, axis: _tensor(np.fmin.reduce(np.asarray(x), axis)),
+    DotOperandLayout=lambda *_: None,
+    arange=lambda begin, end, layout: tensor_of(np.arange(begin, end, dtype=np.int32)),
+    zeros=lambda shape, dtype, layout: tensor_of(np.zeros(shape, dtype)),
+    full=lambda shape, value, dtype, layout: tensor_of(np.full(shape, value, dtype)),
+    load=_load, store=_store, where=elementwise(np.where), maximum=elementwise(np.fmax),
+    minimum=elementwise(np.fmin), exp2=elementwise(np.exp2), log2=elementwise(np.log2),
+    fma=elementwise(lambda x, y, z: x * y + z), sqrt=elementwise(np.sqrt), floor=elementwise(np.floor),
+    sum=lambda x, axis: tensor_of(np.sum(np.asarray(x), axis, dtype=x.dtype)),
+    max=lambda x, axis: tensor_of(np.fmax.reduce(np.asarray(x), axis)),  # as on the GPU NaN is no maximum
+    min=lambda x, axis: tensor_of(np.fmin.reduce(np.asarray(x), axis)),
     reduce=_reduce, convert_layout=lambda x, layout: x, program_id=lambda axis: Int(PROGRAM[axis]),
     num_programs=lambda axis: Int(GRID[axis]), atomic_add=_atomic_add,
-    associative_scan=lambda x, axis, combine: _tensor(np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)),
+    associative_scan=lambda x, axis, combine: tensor_of(
+        np.array([*itertools.accumulate(x.tolist(), combine)], x.dtype)
+    ),
     allocate_shared_memory=_allocate, warp_specialize=_warp_specialize, thread_barrier=lambda: None,
-    bfloat16=BFLOAT16, shared_memory_descriptor=Memory, inline_asm_elementwise=_inline_asm,
-    join=lambda x, y: _tensor(np.stack([np.asarray(x), np.asarray(y)], -1)),
-    split=lambda x: (_tensor(x[..., 0].copy()), _tensor(x[..., 1].copy())),
+    bfloat16=BFLOAT16, shared_memory_descriptor=Memory, inline_asm_elementwise=inline_asm,
+    join=lambda x, y: tensor_of(np.stack([np.asarray(x), np.asarray(y)], -1)),
+    split=lambda x: (tensor_of(x[..., 0].copy()), tensor_of(x[..., 1].copy())),
 )  # fmt: skip
 
 

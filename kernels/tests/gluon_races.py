@@ -7,6 +7,8 @@ two roles, and the later one has not heard of the earlier. What a role does insi
 """
 
 import contextlib
+import functools
+import math
 import sys
 import threading
 
@@ -15,13 +17,23 @@ import numpy as np
 
 
 class _Shadow:
-    """Of each byte of a buffer: who wrote it last and when, and when each role read it last."""
+    """Of each byte of a buffer: when each role wrote it last, and read it last."""
 
     def __init__(self, whole, roles: int):
         self.whole = whole  # kept, or another buffer could get its address
-        self.writer = np.zeros(whole.nbytes, np.int8)
-        self.written = np.zeros(whole.nbytes, np.int32)
-        self.read = np.zeros((roles, whole.nbytes), np.int32)
+        self.written, self.read = np.zeros((2, roles, whole.nbytes), np.int32)
+
+
+@functools.cache
+def _bytes_of(begin: int, shape: tuple[int, ...], strides: tuple[int, ...]):
+    """Numbers of the bytes that a view has: a slice where these are one behind the other."""
+    extent = 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
+    if min(strides) > 0 and extent == math.prod(shape):
+        return slice(begin, begin + extent)
+    at = np.array(begin)
+    for count, stride in zip(shape, strides, strict=True):
+        at = at[..., None] + np.arange(count) * stride
+    return at.reshape(-1)
 
 
 class Races(gluon_emulator.Watch):
@@ -32,9 +44,13 @@ class Races(gluon_emulator.Watch):
         self._lock, self._here = threading.Lock(), threading.local()
 
     def start(self, roles):
+        self.assert_none()  # of an earlier program
         self._roles = roles
         self._clocks = np.eye(roles, dtype=np.int32)
         self._shadows, self._arrived, self._ended = {}, {}, {}
+
+    def assert_none(self):
+        assert not self.found, "\n".join(sorted(self.found))
 
     def role(self, number):
         self._here.role = number
@@ -44,21 +60,20 @@ class Races(gluon_emulator.Watch):
         return getattr(self._here, "role", None)
 
     def _bytes(self, memory):
-        """(shadow, numbers of the bytes that a view has)."""
+        """(shadow, where a view is in it)."""
         address = memory.whole.__array_interface__["data"][0]
         if address not in self._shadows:
             self._shadows[address] = _Shadow(memory.whole, self._roles)
-        at = np.array(memory.array.__array_interface__["data"][0] - address)
-        for count, stride in zip((*memory.shape, memory.dtype.itemsize), (*memory.array.strides, 1), strict=True):
-            at = at[..., None] + np.arange(count) * stride
-        return self._shadows[address], at.reshape(-1)
+        begin = memory.array.__array_interface__["data"][0] - address
+        shape, strides = (*memory.shape, memory.dtype.itemsize), (*memory.array.strides, 1)
+        return self._shadows[address], _bytes_of(begin, shape, strides)
 
     def read(self, memory):
         if (role := self._mine()) is None:
             return
         with self._lock:
             shadow, at = self._bytes(memory)
-            if self._unheard(role, shadow.writer[at], shadow.written[at]):
+            if self._unheard(role, shadow.written[:, at]):
                 self._tell("read of what another role may be writing")
             shadow.read[role, at] = self._clocks[role, role]
 
@@ -67,14 +82,15 @@ class Races(gluon_emulator.Watch):
             return
         with self._lock:
             shadow, at = self._bytes(memory)
-            if self._unheard(role, shadow.writer[at], shadow.written[at]):
+            if self._unheard(role, shadow.written[:, at]):
                 self._tell("write where another role may be writing")
-            if any(self._unheard(role, other, shadow.read[other, at]) for other in range(self._roles)):
+            if self._unheard(role, shadow.read[:, at]):
                 self._tell("write of what another role may be reading")
-            shadow.writer[at], shadow.written[at] = role, self._clocks[role, role]
+            shadow.written[role, at] = self._clocks[role, role]
 
-    def _unheard(self, role, other, when) -> bool:
-        return bool(((other != role) & (when > self._clocks[role][other])).any())
+    def _unheard(self, role, when) -> bool:
+        """Whether one of these accesses is news to a role. Its own are not later than its clock."""
+        return bool((when.max(1) > self._clocks[role]).any())
 
     def _tell(self, what: str) -> None:
         frame, lines = sys._getframe(1), []
@@ -109,4 +125,4 @@ def no_races():
         yield
     finally:
         gluon_emulator.WATCH = gluon_emulator.Watch()
-    assert not races.found, "\n".join(sorted(races.found))
+    races.assert_none()

@@ -3,12 +3,13 @@
 Values are the same. Where Triton's own code is another than that of 3.8, what is not found stays as it is.
 """
 
-import builtins
 import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 from triton import language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 PLAIN_LOAD = {lang: lang.load for lang in (tl, tl.core)}  # before anything is interpreted
@@ -20,7 +21,8 @@ def make_quick() -> None:
     if hasattr(interpreter, "_get_np_dtype"):
         _remember_dtypes()
     if hasattr(tl.core, "tuple"):
-        _remember_shapes()
+        _remember_types()
+        _compare_less()
     if hasattr(interpreter, "interpreter_builder"):
         _say_nothing_of_overflow(interpreter.interpreter_builder)
 
@@ -62,15 +64,46 @@ def _remember_dtypes() -> None:
     interpreter._get_np_dtype = get_np_dtype
 
 
-def _remember_shapes() -> None:
-    """Every result wraps each number of its shape in two objects, which are never changed."""
+def _remember_types() -> None:
+    """Every type of a block, and every result, looks through its shape and wraps each number of it in several objects,
+    which are never changed."""
+    look_through, known = tl.core.block_type.__init__, {}
 
     @functools.cache
-    def wrapped(shape):
+    def wrapped(*shape):
         return tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
 
-    def init(self, handle, type):
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = wrapped(builtins.tuple(type.shape) if type.is_block() else ())
+    def init_type(self, element_ty, shape):
+        numbers = tuple(getattr(n, "value", n) for n in getattr(shape, "values", shape))
+        key = (element_ty.name, *numbers)
+        if key not in known:
+            look_through(self, element_ty, [*numbers])
+            known[key] = {**vars(self), "numbers": numbers, "of_values": wrapped(*numbers)}
+        vars(self).update(known[key], element_ty=element_ty)
 
-    tl.tensor.__init__ = init
+    def init_value(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = type.of_values if type.is_block() else wrapped()
+
+    tl.core.block_type.__init__, tl.tensor.__init__ = init_type, init_value
+
+
+def _compare_less() -> None:
+    """Types are compared by their names, and shapes as objects of Triton's, number by number."""
+    equal, broadcast = tl.dtype.__eq__, semantic.TritonSemantic.broadcast_impl_value
+
+    def broadcast_impl_value(self, lhs, rhs):
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        if len(lhs.shape) != len(rhs.shape):
+            return broadcast(self, lhs, rhs)
+        shapes = [x.type.numbers for x in (lhs, rhs)]
+        shape = np.broadcast_shapes(*shapes)
+
+        def widened(x):
+            return self.tensor(self.builder.create_broadcast(x.handle, shape), tl.block_type(x.dtype, shape))
+
+        return tuple(x if old == shape else widened(x) for x, old in zip((lhs, rhs), shapes, strict=True))
+
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_impl_value

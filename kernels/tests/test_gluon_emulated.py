@@ -1,5 +1,7 @@
 """The text of the Hopper decode kernel, executed on a CPU by gluon_emulator.py, against the float64 reference."""
 
+from unittest.mock import patch
+
 import gluon_emulator
 import pytest
 import torch
@@ -22,9 +24,11 @@ HERE = {"overlap": False, "device": Device("cpu", interpreted=True)}  # where me
 
 
 def merge_parts(out, *args, **options):
-    """In float32 where answers are bfloat16, with which the interpreter computes wrongly."""
+    """In float32 where answers are bfloat16, with which the interpreter computes wrongly. Many rows at once: how many
+    changes nothing, and programs are what takes time there."""
     exact = out.float() if out.dtype == torch.bfloat16 else out
-    split_merge.merge_parts(exact, *args, **options | {"overlap": False})
+    with patch.object(split_merge, "merge_form", lambda *_: (8, 32, 512)):
+        split_merge.merge_parts(exact, *args, **options | {"overlap": False})
     out.copy_(exact)
 
 

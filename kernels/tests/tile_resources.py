@@ -29,7 +29,8 @@ from typing import NamedTuple
 import torch
 import triton
 from compile_faults import MOST_SPILLED
-from compile_worker import compiled_instead_of_launched, launch_case, launch_ragged, resources
+from compile_worker import compiled_instead_of_launched, launch_case, launch_ragged
+from compiled_code import resources
 
 from mla_kernels import Device, MLAGeometry, split_for
 from mla_kernels.decode import triton_splitkv
