@@ -6,7 +6,7 @@ host: beside an H200 (2026-11-27, Triton 3.6) 144 us for a decode with its merge
 has what Triton compiled, by all that its code depends on, and Triton's launcher is called as Triton calls it then.
 
 Hooks for launches are called as ever. What Triton asks of its settings at each launch (debug, instrumentation, hooks
-before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one.
+before a run) is asked at the first of each kind; with BY_TABLE = False it is at every one, and nothing is repeated.
 """
 
 import contextlib
@@ -48,6 +48,7 @@ class _Kind(NamedTuple):
 
     kernel: JITFunction  # so that no other kernel gets its id
     tensors: tuple[tuple[int, int], ...]
+    pointers: tuple[int, ...]  # the same arguments
     integers: tuple[int, ...]  # of any value
     specialised: tuple[int, ...]  # integers for whose multiples of 16 there is other code, and for 1
     descriptors: tuple[int, ...]  # of tma.py
@@ -56,7 +57,7 @@ class _Kind(NamedTuple):
     recent: dict[tuple, _Code]
 
 
-class Launch(NamedTuple):
+class Made(NamedTuple):
     """A launch as it was made.
 
     args: with what the code was compiled for, and for tensors their addresses.
@@ -71,7 +72,7 @@ class Launch(NamedTuple):
 
 
 class _Recording(threading.local):
-    launches: list[Launch | None] | None = None
+    launches: list[Made | None] | None = None
 
 
 _RECORDING = _Recording()
@@ -80,13 +81,20 @@ _KINDS: dict[tuple, _Kind] = {}  # by id of the kernel, whose own hash is slow, 
 
 
 def forget() -> None:
-    """Let Triton see the next launch of every kernel. For tests that pretend to be on another machine."""
+    """Let Triton see the next launch of every kernel, of calls that repeats.py has not kept. For tests that pretend to
+    be on another machine."""
     _KINDS.clear()
 
 
+def is_recording() -> bool:
+    """In this thread."""
+    return _RECORDING.launches is not None
+
+
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch | None]]:
-    """The launches that this thread makes meanwhile, in order; None for each that Triton made itself."""
+def recorded() -> Iterator[list[Made | None]]:
+    """The launches that this thread makes meanwhile, in order; None for each that Triton made itself. Not within
+    another."""
     _RECORDING.launches = launches = []
     try:
         yield launches
@@ -106,6 +114,7 @@ def _kind_of(kernel: JITFunction, args: tuple) -> _Kind:
     return _Kind(
         kernel=kernel,
         tensors=tuple((i, 1 if is_plain else 16) for i, is_plain in zip(tensors, plain, strict=True)),
+        pointers=tuple(tensors),
         integers=tuple(integers),
         specialised=tuple(by_value),
         descriptors=tuple(i for i, x in enumerate(args) if hasattr(x, "block_shape")),
@@ -146,15 +155,13 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         if len(kind.recent) >= _MOST_RECENT:
             kind.recent.clear()
         kind.recent[recent] = code
-    made = Launch(
-        code, (*grid, 1, 1)[:3], (*passed, *code.constants), tuple(i for i, _ in kind.tensors), kind.descriptors
-    )
+    made = Made(code, (*grid, 1, 1)[:3], (*passed, *code.constants), kind.pointers, kind.descriptors)
     _record(made)
     start(code, made.grid, made.args)
 
 
-def _record(launch: Launch | None) -> None:
-    if _RECORDING.launches is not None:
+def _record(launch: Made | None) -> None:
+    if is_recording():
         _RECORDING.launches.append(launch)
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from mla_kernels.launching import Launch, recorded, start
+from mla_kernels import launching
+from mla_kernels.launching import Made, is_recording, recorded, start
 
 _MOST = 1024  # calls that are kept; steps have other numbers of tokens than those before them
 _KEPT: dict[tuple, tuple["_Repeat", ...]] = {}
@@ -20,17 +21,17 @@ _KEPT: dict[tuple, tuple["_Repeat", ...]] = {}
 class _Repeat(NamedTuple):
     """A launch of a call.  addresses, descriptors: (argument, tensor of the call)."""
 
-    launch: Launch
+    made: Made
     addresses: tuple[tuple[int, int], ...]
     descriptors: tuple[tuple[int, int], ...]
 
     def start(self, addresses: Sequence[int | None]) -> None:
-        args = [*self.launch.args]
+        args = [*self.made.args]
         for i, k in self.addresses:
             args[i] = addresses[k]
         for i, k in self.descriptors:
             args[i] = args[i].base.at(addresses[k])
-        start(self.launch.code, self.launch.grid, args)
+        start(self.made.code, self.made.grid, args)
 
 
 def forget() -> None:
@@ -39,12 +40,17 @@ def forget() -> None:
 
 
 def repeat(function: Callable, numbers: tuple, tensors: Sequence[torch.Tensor | None]) -> None:
-    """`function(*numbers, *tensors)`, which makes launches and does nothing else, or the launches that it would make.
+    """`function(*numbers, *tensors)`, which makes launches, or the launches that it would make.
 
-    They must depend on nothing but numbers, and what tensors are beside what they hold. Tensors are on one device, the
-    current one.
+    They must depend on nothing but numbers, and what tensors are beside what they hold. Whatever else the function does
+    must end in an argument of theirs that is no tensor's address: a copy, new scratch. It may not call this again.
     """
-    addresses, form = [], [function, *numbers, tensors[0].get_device()]
+    if is_recording():
+        raise RuntimeError(f"{function.__qualname__} is repeated within another call that is: repeat one of the two")
+    if not launching.BY_TABLE:
+        function(*numbers, *tensors)
+        return
+    addresses, form = [], [function, *numbers]
     for x in tensors:
         if x is None:
             addresses.append(None)
@@ -52,7 +58,7 @@ def repeat(function: Callable, numbers: tuple, tensors: Sequence[torch.Tensor | 
         else:
             address = x.data_ptr()
             addresses.append(address)
-            form += x.dtype, x.shape, x.stride(), address % 16
+            form += x.dtype, x.shape, x.stride(), x.get_device(), address % 16
     key = tuple(form)
     kept = _KEPT.get(key)
     if kept is not None:
@@ -68,18 +74,18 @@ def repeat(function: Callable, numbers: tuple, tensors: Sequence[torch.Tensor | 
         _KEPT[key] = kept
 
 
-def _repeats_of(launches: list[Launch | None], addresses: list[int | None]) -> tuple[_Repeat, ...] | None:
+def _repeats_of(launches: list[Made | None], addresses: list[int | None]) -> tuple[_Repeat, ...] | None:
     """None where there are none, one was not ours, or not all that one was given is known."""
     given = [address for address in addresses if address is not None]
     if not launches or None in launches or len(set(given)) < len(given):
         return None
     tensor_at = {address: k for k, address in enumerate(addresses) if address is not None}
     repeats = []
-    for launch in launches:
-        args = launch.args
-        pointers = [(i, args[i]) for i in launch.tensors]
-        bases = [(i, args[i].base.address) for i in launch.descriptors]
+    for made in launches:
+        args = made.args
+        pointers = [(i, args[i]) for i in made.tensors]
+        bases = [(i, args[i].base.address) for i in made.descriptors]
         if not all(address in tensor_at for _, address in (*pointers, *bases)):
             return None
-        repeats.append(_Repeat(launch, *(tuple((i, tensor_at[at]) for i, at in of) for of in (pointers, bases))))
+        repeats.append(_Repeat(made, *(tuple((i, tensor_at[at]) for i, at in of) for of in (pointers, bases))))
     return tuple(repeats)

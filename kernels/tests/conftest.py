@@ -1,6 +1,7 @@
 """Kernels are tested on the GPU that is there, or else in Triton's interpreter."""
 
 import os
+import sys
 
 # Two test processes on two cores: more threads for small tensors wait for one another, and take twice the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +19,13 @@ if interpreting():
 
     make_quick()
 quick_packing.make_quick()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    """Tests change what launches depend on, such as a kernel's limits."""
+    if repeats := sys.modules.get("mla_kernels.repeats"):
+        repeats.forget()
 
 
 @pytest.fixture

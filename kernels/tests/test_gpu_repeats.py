@@ -19,25 +19,31 @@ def geometry(heads: int) -> MLAGeometry:
     return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
-def check(make, run):
-    """make(seed): a call's tensors.  run: what it answers, with them."""
-    repeats.forget()
-    first, second = make(0), make(1)
-    for _ in range(2):
-        run(first)
-    before = len(repeats._KEPT)
-    repeated = [x.clone() for x in run(second)]
-    assert len(repeats._KEPT) == before > 0, "nothing was repeated"
-    repeats.forget()
-    for got, expected in zip(repeated, run(second), strict=True):
-        assert torch.equal(got, expected)
-    assert not torch.equal(repeated[0], run(first)[0])
+@pytest.fixture
+def check(monkeypatch):
+    """check(make, run): make(seed) makes a call's tensors, run(tensors) answers."""
+    recorded, calls = repeats.recorded, []
+    monkeypatch.setattr(repeats, "recorded", lambda: calls.append(1) or recorded())
+
+    def check(make, run):
+        first, second = make(0), make(1)
+        for _ in range(2):
+            run(first)
+        calls.clear()
+        repeated = [x.clone() for x in run(second)]
+        assert not calls, "a call was made anew"
+        repeats.forget()
+        for got, expected in zip(repeated, run(second), strict=True):
+            assert torch.equal(got, expected)
+        assert not torch.equal(repeated[0], run(first)[0])
+
+    return check
 
 
 @pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("query_lens", [1, [1, 3, 2]], ids=str)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8], ids=str)
-def test_decode(heads, query_lens, cache_dtype):
+def test_decode(check, heads, query_lens, cache_dtype):
     problem = Problem(
         layout=CacheLayout(geometry=geometry(heads), format=format_of(cache_dtype), page_size=PAGE),
         dtype=torch.bfloat16,
@@ -57,7 +63,7 @@ def test_decode(heads, query_lens, cache_dtype):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_prefill(causal):
+def test_prefill(check, causal):
     lens = [400, 1, 1300]
 
     def make(seed):
@@ -77,7 +83,7 @@ def test_prefill(causal):
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.uint8], ids=str)
-def test_cache_traffic(cache_dtype):
+def test_cache_traffic(check, cache_dtype):
     def make(seed):
         case = make_decode(
             *(geometry(1), [70, 9]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mla_kernels import repeats
-from mla_kernels.launching import Launch
+from mla_kernels.launching import Made
 
 WORKER = pathlib.Path(__file__).parent / "repeats_worker.py"
 
@@ -56,8 +56,8 @@ def calling(monkeypatch, launches_of):
     return function, calls
 
 
-def launch(*addresses: int) -> Launch:
-    return Launch("code", (1, 1, 1), (*addresses, 7), tuple(range(len(addresses))), ())
+def launch(*addresses: int) -> Made:
+    return Made("code", (1, 1, 1), (*addresses, 7), tuple(range(len(addresses))), ())
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,26 @@ def test_other_shapes_strides_dtypes_and_numbers_are_other_calls(monkeypatch, ma
     for number, y in others:
         repeats.repeat(counted, (number,), (y,))
     assert len(calls) == len(made) == len(others)
+
+
+def test_no_call_within_a_call(monkeypatch):
+    def outer(x):
+        repeats.repeat(lambda y: None, (), (x,))
+
+    with pytest.raises(RuntimeError, match="within another call"):
+        repeats.repeat(outer, (), (torch.zeros(1),))
+
+
+def test_the_device_of_each_tensor_counts(monkeypatch, made):
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    function, calls = calling(monkeypatch, lambda x, y: [launch(x.data_ptr(), y.data_ptr())])
+    x, y = torch.zeros(64), torch.zeros(64)
+    for given in (y, y, y.as_subclass(Elsewhere)):
+        repeats.repeat(function, (), (x, given))
+    assert len(calls) == 2
 
 
 def test_nothing_is_kept_for_good(monkeypatch, made):

@@ -222,7 +222,7 @@ def run(
         q_latent_TNL, len(seq_lens_B), query_len, ragged=query_start_B1 is not None, out_TNL=out_TNL, lse_TN=lse_TN
     )
     tensors = q_latent_TNL, q_rope_TNR, cache_AGK, block_table_BM, seq_lens_B, query_start_B1, *outputs, cache_scale
-    repeat(_launch_all, (scale, query_len, split_tokens), (*tensors, *(workspace or ())))
+    repeat(_launch_all, (scale, query_len, split_tokens), (*tensors, *(() if workspace is None else workspace)))
     return outputs
 
 
