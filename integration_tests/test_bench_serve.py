@@ -222,6 +222,28 @@ def test_answers_that_are_missing(stand_ins, who):
     assert len(asked) > 4
 
 
+def test_peer_that_goes_away_is_left_out(stand_ins, monkeypatch):
+    """Asked for what it counts, before the client is: a server that has ended answers nobody."""
+    stand_ins()
+
+    def totals(self):
+        return (vllm_server.Server if self.engine == PEER else StandIn).totals(self)
+
+    monkeypatch.setattr(serve.Server, "totals", totals)
+    rows, refusals = serve.run([OURS, PEER], Experiment(model=TINY, workloads=(SHORT,)))
+    assert [row["backend"] for row in rows] == ["CUSTOM"]
+    assert "no answer from http://" in refusals["FLASHMLA"]
+
+
+def test_what_servers_count(stand_ins, capsys):
+    stand_ins()
+    rows, _ = serve.run([OURS], Experiment(model=TINY, workloads=(SHORT,)))
+    assert (rows[0]["queue_ms"], rows[0]["prefill_ms"], rows[0]["compile"]) == (1, 2, False)
+    assert "(1.0 queued, then 2.0 in the engine)" in capsys.readouterr().out
+    unknown = rows[0] | serve_rows.values_of([ANSWER])
+    assert "TTFT 10.0 ms, TPOT" in serve_rows.line(unknown, [100.0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_servers(stand_ins, number, request):
     before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may ignore it

@@ -160,9 +160,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     start(code, made.grid, made.args)
 
 
-def _record(launch: Made | None) -> None:
+def _record(made: Made | None) -> None:
     if is_recording():
-        _RECORDING.launches.append(launch)
+        _RECORDING.launches.append(made)
 
 
 def start(code: _Code, grid: tuple[int, int, int], args: Sequence) -> None:

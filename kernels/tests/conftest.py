@@ -23,7 +23,7 @@ quick_packing.make_quick()
 
 @pytest.fixture(autouse=True)
 def nothing_is_kept():
-    """Tests change what launches depend on, such as a kernel's limits."""
+    """Tests change what launches depend on, such as a kernel's limits. What needs Triton is not imported for it."""
     if repeats := sys.modules.get("mla_kernels.repeats"):
         repeats.forget()
 

@@ -1,11 +1,12 @@
-"""A Hopper GPU, devices that kernels for one refuse, with their reasons, and the mark of tests that need one."""
+"""A Hopper GPU, devices that kernels for one refuse, with their reasons, the mark of tests that need one, and
+DeepSeek's shape."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mla_kernels import Device
+from mla_kernels import Device, MLAGeometry
 
 H200 = Device("cuda", 90, "NVIDIA H200", 132)
 NOT_HOPPER = (
@@ -23,3 +24,7 @@ NEEDS_HOPPER = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
     ),
 ]
+
+
+def geometry(heads: int) -> MLAGeometry:
+    return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)

@@ -12,7 +12,8 @@ def make_quick() -> None:
     pack, known = reference._packed, {}
 
     def packed(latent_L, rope_R):
-        key = tuple((x.dtype, x.contiguous().view(torch.uint8).numpy().tobytes()) for x in (latent_L, rope_R))
+        bits = (x.contiguous().view(torch.uint8).cpu().numpy().tobytes() for x in (latent_L, rope_R))
+        key = latent_L.device, latent_L.dtype, rope_R.dtype, *bits
         if key not in known:
             known[key] = pack(latent_L, rope_R)
         return known[key]

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from hopper_devices import H200
+from hopper_devices import H200, geometry
 from launching_worker import LAUNCHED, Driver, compile_nothing
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mla_kernels import CacheLayout, Device, MLAGeometry, Problem, format_of, hopper_launch, repeats
+from mla_kernels import CacheLayout, Device, Problem, format_of, hopper_launch, repeats
 from mla_kernels.cache import triton_gather, triton_write
 from mla_kernels.decode import gluon_sm90
 from mla_kernels.prefill import gluon_sm90_ragged
@@ -29,10 +29,6 @@ PAGE = 64
 OFFSETS = ((0, 0), (8, 8), (0, 4), (4, 4))  # of queries in the first and the second place, in values of 2 bytes
 # The name of a case, what makes its call with tensors of its own at an offset, and whether calls copy what lies so.
 Cases = Iterator[tuple[str, Callable[[int], Callable[[], object]], bool]]
-
-
-def geometry(heads: int) -> MLAGeometry:
-    return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
 def shifted(x: torch.Tensor, values: int) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hopper_devices import NEEDS_HOPPER
+from hopper_devices import NEEDS_HOPPER, geometry
 
-from mla_kernels import CacheLayout, MLAGeometry, Problem, device_of, format_of, repeats
+from mla_kernels import CacheLayout, Problem, device_of, format_of, repeats
 from mla_kernels.cache import triton_gather, triton_write
 from mla_kernels.decode import gluon_sm90
 from mla_kernels.prefill import gluon_sm90_ragged
@@ -13,10 +13,6 @@ from mla_kernels.testing import make_decode, make_prefill
 pytestmark = NEEDS_HOPPER
 PAGE = 64
 HERE = "cuda"
-
-
-def geometry(heads: int) -> MLAGeometry:
-    return MLAGeometry(num_heads=heads, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
 @pytest.fixture

@@ -1,26 +1,18 @@
 """Launches past Triton: the code that Triton would have taken, for every kind of argument."""
 
-import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from workers import answer_of
 
 from mla_kernels.launching import launch
 
-WORKER = pathlib.Path(__file__).parent / "launching_worker.py"
-
 
 def test_the_code_that_triton_takes():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, WORKER], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = answer_of("launching_worker.py")
     assert not result["differences"]
     assert result["codes"] > 100
     assert result["heard"] == [4, 4], "hooks did not hear of a launch, with its four arguments"

@@ -1,25 +1,15 @@
 """Launches that are made again: those that the call makes by itself, at the addresses of its own tensors."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
+from workers import answer_of
 
 from mla_kernels import repeats
 from mla_kernels.launching import Made
 
-WORKER = pathlib.Path(__file__).parent / "repeats_worker.py"
-
 
 def test_the_launches_that_a_call_makes():
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, WORKER], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = answer_of("repeats_worker.py")
     assert result["cases"] > 100
     assert not result["differences"]
     assert result["anew"] == result["anew_rightly"]
@@ -27,7 +17,7 @@ def test_the_launches_that_a_call_makes():
 
 @pytest.fixture
 def made(monkeypatch):
-    """made(*args): a launch of these addresses by the call; `started` has what is started from what was kept."""
+    """Arguments of launches that are made from what was kept."""
     repeats.forget()
     started = []
     monkeypatch.setattr(repeats, "start", lambda code, grid, args: started.append(args))
@@ -89,18 +79,21 @@ def test_two_tensors_at_one_address_are_not_told_apart(monkeypatch, made):
 
 def test_other_shapes_strides_dtypes_and_numbers_are_other_calls(monkeypatch, made):
     function, calls = calling(monkeypatch, lambda *tensors: [launch(tensors[-1].data_ptr())])
-    counted = lambda number, x: function(x)  # noqa: E731
+
+    def numbered(number, x):
+        function(x)
+
     x = torch.zeros(8, 8)
     others = [(1, x), (2, x), (1, x.T[:, :4]), (1, x[:, :4]), (1, x.half()), (1, x.int())]
     for number, y in others:
-        repeats.repeat(counted, (number,), (y,))
+        repeats.repeat(numbered, (number,), (y,))
     assert len(calls) == len(others)
     for number, y in others:
-        repeats.repeat(counted, (number,), (y,))
+        repeats.repeat(numbered, (number,), (y,))
     assert len(calls) == len(made) == len(others)
 
 
-def test_no_call_within_a_call(monkeypatch):
+def test_no_call_within_a_call():
     def outer(x):
         repeats.repeat(lambda y: None, (), (x,))
 

@@ -50,9 +50,11 @@ def against_best(load: list[dict]) -> dict[str, float]:
 
 def line(row: dict, throughputs: list[float]) -> str:
     """A row, with the tokens per second of every round."""
+    engine = ""  # of a vLLM that counts them by other names
+    if None not in (row["queue_ms"], row["prefill_ms"]):
+        engine = f" ({row['queue_ms']:.1f} queued, then {row['prefill_ms']:.1f} in the engine)"
     return (
         f"{row['workload']} at {row['rate']}/s, {row['backend']}: "
         f"{', '.join(f'{tokens:.0f}' for tokens in throughputs)} tokens/s, "
-        f"TTFT {row['ttft_ms']:.1f} ms ({row['queue_ms']:.1f} queued, then {row['prefill_ms']:.1f} in the engine), "
-        f"TPOT {row['tpot_ms']:.2f} ms"
+        f"TTFT {row['ttft_ms']:.1f} ms{engine}, TPOT {row['tpot_ms']:.2f} ms"
     )

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 
 from mla_backend.bench.engine import Engine
 from mla_backend.bench.machine import BenchmarkError
@@ -109,11 +110,16 @@ class Server:
             return False
 
     def totals(self) -> dict[str, float]:
-        """Sums of TIMES and counts of their requests since the start, by the names that `/metrics` has for them."""
+        """Sums of TIMES and counts of their requests since the start, by the names that `/metrics` has for them. Raises
+        BenchmarkError when the server does not say."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        with _OPENER.open(f"{self.url}/metrics", timeout=30) as answer:
-            families = list(text_string_to_metric_families(answer.read().decode()))
+        try:
+            with _OPENER.open(f"{self.url}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+        except (OSError, HTTPException) as error:
+            raise BenchmarkError(f"no answer from {self.url}/metrics: {type(error).__name__}: {error}") from None
+        families = list(text_string_to_metric_families(text))
         wanted = {f"{name}_{end}" for name in TIMES.values() for end in ("sum", "count")}
         return {sample.name: sample.value for family in families for sample in family.samples if sample.name in wanted}
 
